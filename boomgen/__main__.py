@@ -1,0 +1,5 @@
+import sys
+
+from boomgen.cli import main
+
+sys.exit(main())
