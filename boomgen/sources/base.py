@@ -1,19 +1,23 @@
 """What every source of images offers: rows in a fixed order, and the bytes of one row."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from boomgen.errors import UsageError
+
 NO_LABEL = -1
+NO_SPLIT = "data"  # the split's name where a source is not divided into splits
+SPLITS = ("train", "val", "valid", "validation", "test")  # folder and file names that mean a split, not a class
 
 RawImage = bytes | NDArray[np.uint8]
 """An encoded image file, or pixels of shape (H, W) or (H, W, 3)."""
 
 
 class Row(NamedTuple):
-    """Where one image of a source is. `key` is unique in the source; `size` is in bytes, -1 where only reading tells."""
+    """Where one image of a source is. `key` is unique in it; `size` is in bytes, -1 where only reading tells."""
 
     key: str
     path: str  # relative to the source's root; "" where the source is one table
@@ -26,6 +30,7 @@ class Source(Protocol):
     """A labelled image data set at rest. Opening one reads no pixels."""
 
     kind: str
+    split: str  # the split that was chosen; NO_SPLIT where there are none
     classes: tuple[str, ...]  # class names in label order; empty where the source does not name them
 
     def rows(self) -> Iterator[Row]:
@@ -33,3 +38,22 @@ class Source(Protocol):
 
     def read(self, row: Row) -> RawImage:
         """The image as it is stored. A missing, moved or shortened file is an OSError (it may come back)."""
+
+
+class Columns(NamedTuple):
+    """Which columns of a table hold image and label; None means the first that fits."""
+
+    image: str | None = None
+    label: str | None = None
+
+
+def choose_split(found: Sequence[str], asked: str | None, where: str) -> str:
+    """The asked split; if none is asked, 'train' or the only one there is. UsageError names what was found."""
+    if asked in found:
+        return str(asked)
+    if asked is None and "train" in found:
+        return "train"
+    if asked is None and len(found) == 1:
+        return found[0]
+    got = "no split was asked for and none is called 'train'" if asked is None else f"no split {asked!r}"
+    raise UsageError(f"{where}: {got}; pass --split with one of {', '.join(found)}")

@@ -1,0 +1,75 @@
+"""From a job to a finished data set on one machine: plan, hand out, finalise, tell."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from boomgen import env
+from boomgen.engines.local import Event, LocalEngine
+from boomgen.finalise import finalise
+from boomgen.job import Job, Launch
+from boomgen.prepare import prepare
+from boomgen.progress import show
+from boomgen.run import RunDir, Status
+
+
+class Stopped(BaseException):
+    """A signal asked for the end; what is published stays, the rest is resumable."""
+
+
+def run(job: Job, launch: Launch | None = None) -> RunDir:
+    """Plan `job` (or find its plan), make what is missing, and close the run: the Python form of `boomgen anonymize`.
+
+    Raises:
+        BoomgenError: one line on what stopped it; the run folder stays resumable.
+    """
+    launch = launch or Launch()
+    env.choose_device(launch)
+    run_dir = prepare(job, launch)
+    resume(run_dir, launch)
+    return run_dir
+
+
+def resume(run: RunDir, launch: Launch) -> Status:
+    """Make the missing shards of a planned run and close it. A finished run returns at once and loads no torch."""
+    status = run.status()
+    if status.finalised and not status.missing:
+        return status
+    if status.missing:
+        kind, workers = env.choose_device(launch.model_copy(update=_as_planned(run, launch)))
+        devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
+        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, env.cores() // workers)
+        engine = LocalEngine(run, devices, threads, launch.allow_mixed)
+        with _signals(), _closing(engine.run(status.missing)) as events:
+            show(run.plan, status.missing, events)
+    finalise(run)
+    return run.status()
+
+
+def _as_planned(run: RunDir, launch: Launch) -> dict[str, str]:
+    return {} if launch.device or launch.gpus else {"device": run.plan.network.device}
+
+
+@contextmanager
+def _closing(events: Iterator[Event]) -> Iterator[Iterator[Event]]:
+    try:
+        yield events
+    finally:
+        events.close()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _signals() -> Iterator[None]:
+    """SIGINT and SIGTERM as an orderly stop."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Stopped(signal.Signals(number).name)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,212 @@
+"""The engine of one machine: a process per device, shard numbers handed out one at a time.
+
+The driver writes shard numbers to a worker's stdin and reads one JSON event a line from its stdout; the worker's own
+output goes to a log. A worker that dies is noticed by its closed pipe, its shard is handed out again. Engines move
+only shard numbers, so a shard made twice is harmless.
+"""
+
+import collections
+import json
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from boomgen.errors import BoomgenError
+from boomgen.run import RunDir
+
+ATTEMPTS = 3
+"""A shard that failed so often is set aside, and the rest goes on."""
+
+
+class Event(NamedTuple):
+    """What a worker said. kind: ready, tick, done, failed, fatal or lost."""
+
+    kind: str
+    shard: int
+    text: str = ""
+    rows: int = 0
+    ok: int = 0
+
+
+class _Hand:
+    """One worker process, as the driver sees it."""
+
+    def __init__(self, run: RunDir, number: int, device: str, threads: int, allow_mixed: bool) -> None:
+        run.logs.mkdir(exist_ok=True)
+        self.number, self.device = number, device
+        self.log = run.logs / f"worker-{number:03d}.log"
+        self.shard: int | None = None
+        self.ready = False
+        self._rest = b""
+        command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(threads), str(int(allow_mixed))]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+            )
+
+    def give(self, shard: int) -> None:
+        assert self.process.stdin is not None
+        self.shard = shard
+        try:
+            os.write(self.process.stdin.fileno(), f"{shard}\n".encode())
+        except BrokenPipeError:
+            pass  # its death is seen on the other pipe
+
+    def events(self) -> list[Event] | None:
+        """What it has said since; None once it has gone."""
+        assert self.process.stdout is not None
+        data = os.read(self.process.stdout.fileno(), 65536)
+        *lines, self._rest = (self._rest + data).split(b"\n")
+        return [Event(**json.loads(line)) for line in lines] if data else None
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+class LocalEngine:
+    """Hands out shards to one worker per device."""
+
+    def __init__(self, run: RunDir, devices: Sequence[str], threads: int, allow_mixed: bool = False) -> None:
+        self.run_dir, self.devices, self.threads, self.allow_mixed = run, devices, threads, allow_mixed
+        self.hands: dict[int, _Hand] = {}
+        self.selector = selectors.DefaultSelector()
+        self.failures: collections.Counter[int] = collections.Counter()
+        self.stillborn = 0
+
+    def run(self, shards: Sequence[int]) -> Iterator[Event]:
+        """Make the shards in this order of hand-out; every event as it happens.
+
+        Raises:
+            BoomgenError: no worker can start, or shards were set aside after ATTEMPTS failures (when all others are done).
+        """
+        queue = collections.deque(shards)
+        aside: dict[int, str] = {}
+        try:
+            for number, device in enumerate(self.devices[: len(queue)]):
+                self._start(number, device)
+            while queue or any(hand.shard is not None for hand in self.hands.values()):
+                for key, _ in self.selector.select(timeout=1.0):
+                    for event in self._step(key.data, queue):
+                        yield event
+                        if event.kind == "fatal":
+                            raise BoomgenError(event.text)
+                        if event.kind in ("failed", "lost") and self.failures[event.shard] >= ATTEMPTS:
+                            aside[event.shard] = event.text
+        finally:
+            for hand in self.hands.values():
+                hand.stop()
+        if aside:
+            shard, text = next(iter(aside.items()))
+            raise BoomgenError(
+                f"{len(aside)} shards failed {ATTEMPTS} times and were set aside; shard {shard}: {text}; "
+                f"see boomgen logs {self.run_dir.path}"
+            )
+
+    def _start(self, number: int, device: str) -> None:
+        hand = _Hand(self.run_dir, number, device, self.threads, self.allow_mixed)
+        self.hands[number] = hand
+        self.selector.register(hand.process.stdout, selectors.EVENT_READ, hand)  # type: ignore[arg-type]
+
+    def _step(self, hand: _Hand, queue: collections.deque[int]) -> list[Event]:
+        events = hand.events()
+        if events is None:
+            return self._lost(hand, queue)
+        for event in events:
+            if event.kind in ("done", "failed"):
+                hand.shard = None
+            if event.kind == "failed":
+                self._again(event.shard, queue)
+            if event.kind in ("ready", "done", "failed"):
+                hand.ready = True
+                if queue:
+                    hand.give(queue.popleft())
+        self._wake(queue)
+        return events
+
+    def _wake(self, queue: collections.deque[int]) -> None:
+        """A shard that came back is for whoever is idle."""
+        for hand in self.hands.values():
+            if queue and hand.ready and hand.shard is None:
+                hand.give(queue.popleft())
+
+    def _lost(self, hand: _Hand, queue: collections.deque[int]) -> list[Event]:
+        self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
+        hand.stop()
+        self.stillborn = 0 if hand.ready else self.stillborn + 1
+        del self.hands[hand.number]
+        if self.stillborn >= ATTEMPTS:
+            raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
+        events = []
+        if hand.shard is not None:
+            self._again(hand.shard, queue)
+            cause = f"worker {hand.number} died with exit code {hand.process.returncode}"
+            events.append(Event("lost", hand.shard, cause))
+        if queue:
+            self._start(hand.number, hand.device)
+        return events
+
+    def _again(self, shard: int, queue: collections.deque[int]) -> None:
+        self.failures[shard] += 1
+        if self.failures[shard] < ATTEMPTS:
+            queue.append(shard)
+
+
+def serve(path: str, device: str, threads: int, allow_mixed: bool) -> int:
+    """A worker's life: read shard numbers, make them, say so. Ends with its driver, or on SIGTERM."""
+    pipe = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints goes to the log
+
+    def say(kind: str, shard: int = -1, **more: Any) -> None:
+        os.write(pipe, json.dumps({"kind": kind, "shard": shard, **more}).encode() + b"\n")
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        import torch
+
+        from boomgen.worker import Worker
+
+        torch.set_num_threads(threads)
+        worker = Worker(RunDir(path), device, allow_mixed)
+    except BoomgenError as err:
+        say("fatal", text=str(err))
+        return 1
+    say("ready")
+    for line in sys.stdin:
+        _serve_shard(worker, int(line), say)
+    return 0
+
+
+def _serve_shard(worker: Any, shard: int, say: Any) -> None:
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+    try:
+        record = worker.make_shard(shard, lambda rows: say("tick", shard, rows=rows))
+    except BrokenPipeError:
+        sys.exit(75)  # the driver has gone
+    except Exception as err:
+        import traceback
+
+        print(f"{stamp} shard {shard} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
+    else:
+        seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
+        print(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}", file=sys.stderr, flush=True)
+        say("done", shard, rows=record["rows"], ok=record["ok"])
+
+
+if __name__ == "__main__":
+    sys.exit(serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"))

@@ -1,0 +1,100 @@
+"""The environment class: everything that decides bits besides the plan. And the devices that there are.
+
+Two machines of one class write the same bytes for the same plan. The class is frozen in the plan; a worker of another
+class is refused.
+"""
+
+import os
+import platform
+import zlib
+from importlib.metadata import version
+from pathlib import Path
+
+from boomgen.errors import UsageError
+from boomgen.job import Launch
+
+_DECIDING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "asimd", "sve", "bf16")
+
+
+def cpu_flags() -> tuple[str, ...]:
+    """The instruction sets of this CPU that numeric libraries choose their kernels by."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return ()
+    found = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    return tuple(flag for flag in _DECIDING_FLAGS if flag in found)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return f"{platform.machine()} {name} ({' '.join(cpu_flags())})"
+
+
+def environment(device: str) -> dict[str, str]:
+    """The class of a device ('cpu' or 'cuda') on this machine, as names and values that are compared one by one."""
+    import torch
+
+    found = {
+        "torch": torch.__version__,
+        "numpy": version("numpy"),
+        "pyarrow": version("pyarrow"),
+        "pillow": version("pillow"),
+        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+    }
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        return found | {
+            "device": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
+            "cuda": str(torch.version.cuda),
+            "cudnn": str(torch.backends.cudnn.version()),
+        }
+    return found | {"device": _cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+
+
+def difference(planned: dict[str, str], here: dict[str, str]) -> str:
+    """'' where the classes are equal, else what differs: 'numpy 2.4.6 here 2.5.0, ...'."""
+    names = sorted(planned.keys() | here.keys())
+    return ", ".join(
+        f"{name} {planned.get(name, 'unset')} (here {here.get(name, 'unset')})"
+        for name in names
+        if planned.get(name) != here.get(name)
+    )
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_device(launch: Launch) -> tuple[str, int]:
+    """The kind of device and the number of workers.
+
+    Raises:
+        UsageError: fewer devices than asked for; imports torch, but never diffusers.
+    """
+    if launch.device == "cpu" and launch.gpus:
+        raise UsageError(f"--device cpu with --gpus {launch.gpus}; use one of them")
+    if launch.device == "cpu":
+        return "cpu", launch.workers or cores()
+    import torch
+
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if (launch.gpus or launch.device == "cuda") and found < (launch.gpus or 1):
+        instead = f"--gpus {found}" if found else f"--device cpu --workers {cores()}"
+        raise UsageError(f"{launch.gpus or 1} GPUs asked for, found {found}; use {instead}")
+    if found and not (launch.workers and launch.device is None and not launch.gpus):
+        return "cuda", launch.gpus or found
+    return "cpu", launch.workers or cores()
+
+
+def default_dtype(device: str) -> str:
+    """bfloat16 where the hardware multiplies it faster than float32, else float32."""
+    if device == "cuda":
+        import torch
+
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(cpu_flags()) else "float32"

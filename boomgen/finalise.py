@@ -1,0 +1,162 @@
+"""From whole shards to a data set that loads: hard links to the tars, a card, timm's index, the manifest in one place."""
+
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from boomgen import __version__, catalog, manifest
+from boomgen.errors import BoomgenError
+from boomgen.plan import Plan
+from boomgen.run import RunDir, ranges
+from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, sync, write_durable
+
+
+def finalise(run: RunDir) -> None:
+    """Close a run whose shards are all whole; does nothing to one that is closed.
+
+    Raises:
+        BoomgenError: shards are missing, or not one row is ok.
+    """
+    missing = run.missing()
+    if missing:
+        raise BoomgenError(
+            f"{len(missing)} of {run.plan.shards} shards are missing ({ranges(missing)}); go on with: "
+            f"boomgen resume {run.path}"
+        )
+    if run.plan.job.linkage == "none":
+        _destroy_links(run)
+    files = dataset_files(run)
+    if not files["tars"]:
+        raise BoomgenError(f"not one of {run.plan.rows} rows is ok; see the reasons with boomgen status {run.path}")
+    _place(run, run.dataset, _dataset_links(run, files), _dataset_texts(run, files))
+    _place(run, run.manifest, {f"part-{n:05d}.parquet": run.shard(n) / PART for n in range(run.plan.shards)}, {})
+    shutil.rmtree(run.staging, ignore_errors=True)
+
+
+def dataset_files(run: RunDir) -> dict[str, Any]:
+    """The shards that hold rows, their names in the data set, and their row counts."""
+    counts = {number: run.done(number)["ok"] for number in range(run.plan.shards)}
+    held = [number for number, ok in counts.items() if ok]
+    names = {number: f"{run.plan.source.split}-{i:05d}-of-{len(held):05d}.tar" for i, number in enumerate(held)}
+    return {"tars": names, "rows": {number: counts[number] for number in held}}
+
+
+def _dataset_links(run: RunDir, files: dict[str, Any]) -> dict[str, Path]:
+    return {f"data/{name}": run.shard(number) / TAR for number, name in files["tars"].items()}
+
+
+def _dataset_texts(run: RunDir, files: dict[str, Any]) -> dict[str, bytes]:
+    return {"README.md": card(run, files).encode(), "_info.json": timm_index(run.plan, files)}
+
+
+def expected_dataset(run: RunDir) -> tuple[dict[str, Path], dict[str, bytes]]:
+    """What RUN/dataset must hold: links to shards, and texts."""
+    files = dataset_files(run)
+    return _dataset_links(run, files), _dataset_texts(run, files)
+
+
+def _place(run: RunDir, folder: Path, links: dict[str, Path], texts: dict[str, bytes]) -> None:
+    """Make a folder appear whole. One that is there already is left alone."""
+    if folder.exists():
+        return
+    staging = run.path / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    try:
+        for name, origin in links.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(origin, staging / name)
+        for name, data in texts.items():
+            write_durable(staging / name, data)
+        sync(staging)
+        staging.rename(folder)
+        sync(run.path)
+    except FileExistsError:
+        pass  # another finalise was first
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _link(origin: Path, target: Path) -> None:
+    try:
+        os.link(origin, target)
+    except PermissionError:  # file systems without hard links
+        shutil.copyfile(origin, target)
+        sync(target)
+
+
+def _destroy_links(run: RunDir) -> None:
+    """`--linkage none`: drop the linking columns of every part, then the index, and last the secret."""
+    for number in range(run.plan.shards):
+        record, part = run.done(number), run.shard(number) / PART
+        table = pq.read_table(part)
+        unlinked = manifest.unlinked(table)
+        if table.column_names != unlinked.column_names:
+            partial = part.with_name(f".{PART}")
+            pq.write_table(unlinked, partial, compression="zstd")
+            sync(partial)
+            partial.replace(part)
+        now = {"sha256": sha256_file(part), "bytes": part.stat().st_size}
+        if record["files"][PART] != now:  # also where a kill came between part and record
+            write_durable(run.shard(number) / DONE, sealed({**record, "files": {**record["files"], PART: now}}))
+    for name in ("index.parquet", "secret"):
+        (run.path / name).unlink(missing_ok=True)
+    sync(run.path)
+
+
+def timm_index(plan: Plan, files: dict[str, Any]) -> bytes:
+    """timm's `_info.json`: the tars of the split and their lengths."""
+    split = {
+        "name": plan.source.split,
+        "num_samples": sum(files["rows"].values()),
+        "filenames": [f"data/{name}" for name in files["tars"].values()],
+        "shard_lengths": list(files["rows"].values()),
+    }
+    return json.dumps({"splits": {plan.source.split: split}}, indent=1).encode() + b"\n"
+
+
+def card(run: RunDir, files: dict[str, Any]) -> str:
+    """The README.md that makes `load_dataset` read the folder right, and tells people what it is."""
+    plan = run.plan
+    split, rows, private = plan.source.split, sum(files["rows"].values()), plan.job.mode == "anonymize"
+    origin = plan.source.name if catalog.dataset(plan.source.name) else f"a {'private' if private else 'local'} data set"
+    head = {
+        "license": "other",
+        "license_name": plan.source.licence,
+        "tags": ["synthetic", "boomerang", "webdataset"],
+        "annotations_creators": ["machine-generated"],
+        "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*.tar"}]}],
+        "dataset_info": {"features": _features(plan), "splits": [{"name": split, "num_examples": rows}]},
+    }
+    levels = plan.chain.levels
+    words = {"anonymize": "anonymized", "augment": "augmented"}[plan.job.mode]
+    return (
+        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"# {origin}, {words} with Boomerang\n\n"
+        f"{rows} images made by boomgen {__version__} from {origin}: each was noised to level {plan.chain.level} of "
+        f"{levels.count} (abar {levels.abar(plan.chain.level):.4f}) of {plan.model.name} and brought back "
+        f"(Luzi et al., TMLR 2024).\n\n"
+        "A small t_boom changes an image little: distances to the source are reduced links, not proof of anonymity.\n\n"
+        f"- source licence: {plan.source.licence}\n- model licence: {plan.model.licence}\n"
+    )
+
+
+def _features(plan: Plan) -> list[dict[str, Any]]:
+    about: list[dict[str, Any]] = [
+        {"name": "abar", "dtype": "float64"},
+        {"name": "class_name", "dtype": "string"},
+    ]
+    if plan.job.linkage == "public":
+        about += [{"name": "source_key", "dtype": "string"}, {"name": "source_row", "dtype": "int64"}]
+    about += [{"name": "t_boom", "dtype": "string"}]
+    if plan.job.linkage == "public":
+        about += [{"name": "variant", "dtype": "int64"}]
+    features: list[dict[str, Any]] = [{"name": "__key__", "dtype": "string"}, {"name": "__url__", "dtype": "string"}]
+    if plan.labels_kept:
+        names = {str(number): name for number, name in enumerate(plan.source.classes)}
+        features.append({"name": "cls", "dtype": {"class_label": {"names": names}}})
+    return [*features, {"name": "json", "struct": about}, {"name": plan.job.format, "dtype": "image"}]

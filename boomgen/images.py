@@ -1,0 +1,103 @@
+"""Between stored images and the model's pixels: decode, fit to the native size and back, encode."""
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from boomgen.errors import RowError
+from boomgen.sources.base import RawImage
+
+MAX_PIXELS = 2**28  # 268 megapixels; more is refused by the header, before a pixel is decoded
+Pixels = NDArray[np.uint8]
+"""(H, W, C) with C = 1 (grey) or 3 (RGB)."""
+
+
+class Box(NamedTuple):
+    """Where the content of an image lies inside the model's square."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def decode(raw: RawImage, channels: int) -> Pixels:
+    """The upright image as (H, W, channels).
+
+    Alpha is laid on white, 16-bit grey is scaled to 8 bits, EXIF rotation is applied, the first frame is taken.
+
+    Raises:
+        RowError: undecodable or too-large; both would recur on every machine.
+    """
+    try:
+        image = _open(raw)
+        if image.width * image.height > MAX_PIXELS:
+            raise RowError("too-large", f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
+        image = _flat(ImageOps.exif_transpose(image))
+        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError) as err:
+        raise RowError("undecodable", str(err).splitlines()[0] if str(err) else type(err).__name__) from err
+    except Image.DecompressionBombError as err:
+        raise RowError("too-large", str(err)) from err
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _open(raw: RawImage) -> Image.Image:
+    return Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else Image.fromarray(raw)
+
+
+def _flat(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        deep = np.asarray(image).astype(np.int64)
+        return Image.fromarray((deep >> 8 if deep.max(initial=0) > 255 else deep).clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        colour = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", colour.size, "white"), colour).convert("RGB")
+    return image
+
+
+def fit(pixels: Pixels, size: int, how: str) -> tuple[Pixels, Box]:
+    """The image as (size, size, C), and where its content lies.
+
+    crop: the shorter side is resized to `size` and the centre is cut out. pad: never enlarged; what is larger is
+    shrunk to fit, then black is added around it and cut off again by `unfit`.
+    """
+    height, width = pixels.shape[:2]
+    if how == "crop":
+        scale = size / min(height, width)
+        pixels = _resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)))
+        top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
+        return pixels[top : top + size, left : left + size], Box(0, 0, size, size)
+    scale = min(1.0, size / max(height, width))
+    pixels = _resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+    height, width = pixels.shape[:2]
+    box = Box((size - width) // 2, (size - height) // 2, width, height)
+    square = np.zeros((size, size, pixels.shape[2]), np.uint8)
+    square[box.top : box.top + height, box.left : box.left + width] = pixels
+    return square, box
+
+
+def unfit(pixels: Pixels, box: Box) -> Pixels:
+    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+
+
+def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    if pixels.shape[:2] == (height, width):
+        return pixels
+    resized = to_image(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    return np.asarray(resized).reshape(height, width, pixels.shape[2])
+
+
+def to_image(pixels: Pixels) -> Image.Image:
+    return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
+
+
+def encode(pixels: Pixels, file_format: str) -> bytes:
+    """The image as a png, webp (lossless) or jpg (quality 95) file; the same bytes for the same library versions."""
+    out = io.BytesIO()
+    options = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(file_format, {})
+    to_image(np.ascontiguousarray(pixels)).save(out, "jpeg" if file_format == "jpg" else file_format, **options)
+    return out.getvalue()

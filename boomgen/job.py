@@ -1,0 +1,100 @@
+"""What the user asked for. Flags, YAML keys and help text are derived from these two models; each option is declared once.
+
+`Job` decides the bytes that are written and is frozen into the plan. `Launch` says where and how the work is done;
+nothing in it changes a byte on devices of one class.
+"""
+
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from boomgen.errors import UsageError
+from boomgen.levels import parse_t_boom
+
+Mode = Literal["anonymize", "augment"]
+
+
+def _option(text: str, default: Any = None, **limits: Any) -> Any:
+    return Field(default=default, description=text, **limits)
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+
+class Job(_Options):
+    """One pass of a data set through Boomerang. None means: as the data set's or the model's preset says."""
+
+    mode: Mode
+    dataset: str = Field(description="a named data set, a folder, a .tar, or owner/name on the Hugging Face Hub")
+    data_dir: str | None = _option("folder that holds the named data set")
+    split: str | None = _option("split to read (preset, else train)")
+    limit: int | None = _option("only the first N images of the source", ge=1)
+    model: str | None = _option("model preset, diffusers folder, or owner/name on the Hugging Face Hub")
+    t_boom: str | None = _option("how far to noise: a fraction of the chain (0.4) or a level (40/100)")
+    steps: int | None = _option("length of the whole chain; t_boom of it is run (default 100)", ge=1)
+    spacing: Literal["even", "fastdpm-linear", "fastdpm-quadratic"] = _option(
+        "which trained levels make up the chain", "even"
+    )
+    eta: float = _option("noise of the reverse step: 1 is the paper's, 0 is DDIM", 1.0, ge=0, le=1)
+    variants: int = _option("Boomerang versions of every image (augment)", 1, ge=1)
+    noise: Literal["independent", "shared"] = _option("shared gives every image the same noise", "independent")
+    seed: int = _option("seed of noise and order (augment; anonymize uses a secret)", 0, ge=0)
+    linkage: Literal["private", "public", "none"] | None = _option(
+        "who may link outputs to sources (anonymize: private; augment: public; none destroys the links at the end)"
+    )
+    labels: Literal["keep", "drop"] | None = _option(
+        "labels in the data set (default: keep, but drop where a label is an identity)"
+    )
+    fit: Literal["crop", "pad"] | None = _option("how an image is brought to the model's size (preset, else crop)")
+    format: Literal["png", "webp", "jpg"] = _option("file format of the images (png and webp are lossless)", "png")
+    dtype: Literal["float32", "bfloat16"] | None = _option("precision of the network (default: by device)")
+    compile: Literal["yes", "no"] | None = _option("compile the network ahead of time (default: by the job's cost)")
+    batch_size: int | None = _option("images per network call", ge=1)
+    shard_size: int | None = _option("images per shard", ge=1)
+
+    @field_validator("t_boom", mode="before")
+    @classmethod
+    def _t_boom_text(cls, value: Any) -> str | None:
+        if value is None:
+            return None
+        parse_t_boom(str(value))
+        return str(value)
+
+
+class Launch(_Options):
+    """Where and how a job is done."""
+
+    out: str | None = _option("run folder (default: runs/DATASET-MODE-T_BOOM)")
+    device: Literal["cuda", "cpu"] | None = _option("kind of device (default: cuda where there is one)")
+    gpus: int | None = _option("number of GPUs, one worker each (default: all)", ge=1)
+    workers: int | None = _option("number of CPU workers (default: one per core)", ge=1)
+    secret_file: str | None = _option("file with the run's secret, 64 hexadecimal digits (anonymize; default: a new one)")
+    allow_mixed: bool = _option("accept devices of another class than the plan's; bytes may then differ", False)
+
+
+T = TypeVar("T", Job, Launch)
+
+
+def build(model: type[T], values: dict[str, Any]) -> T:
+    """A checked model of the given values.
+
+    Raises:
+        UsageError: naming the first option that does not fit, what was got and what was expected.
+    """
+    try:
+        return model.model_validate(values)
+    except ValidationError as err:
+        first = err.errors()[0]
+        name = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
+        if first["type"] == "missing":
+            raise UsageError(f"{name} is missing; say which one to use, as {name} NAME") from err
+        if first["type"] == "extra_forbidden":
+            raise UsageError(f"unknown option {name}; see boomgen --help") from err
+        raise UsageError(f"{name} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from err
+
+
+def split_options(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Mixed options, as a command line or a YAML file holds them, parted into those of Job and those of Launch."""
+    launch = {name: value for name, value in values.items() if name in Launch.model_fields}
+    return {name: value for name, value in values.items() if name not in launch}, launch

@@ -1,0 +1,80 @@
+"""Command-line flags and YAML keys, derived from Job and Launch: each option is declared there, once."""
+
+import argparse
+import types
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from boomgen.errors import UsageError
+from boomgen.job import Job, Launch, build, split_options
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose mistakes are UsageErrors, one line each."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; see {self.prog} --help")
+
+
+def add_flags(parser: argparse.ArgumentParser, *models: type[BaseModel], leave_out: frozenset[str] = frozenset()) -> None:
+    """One flag per field. Only given flags appear in the parsed namespace, so that they can win over a YAML file."""
+    for model in models:
+        group = parser.add_argument_group("what is made" if model is Job else "where it runs")
+        for name, field in model.model_fields.items():
+            if name not in leave_out:
+                _add_flag(group, name, field)
+
+
+def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
+    flag = "--" + name.replace("_", "-")
+    text = (field.description or "").replace("%", "%%")
+    if field.annotation is bool:
+        group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
+        return
+    choices = _choices(field.annotation)
+    default = "" if field.default is None or field.is_required() else f" (default {field.default})"
+    group.add_argument(
+        flag,
+        default=argparse.SUPPRESS,
+        choices=choices,
+        metavar=None if choices else name.upper(),
+        help=text + default,
+    )
+
+
+def _choices(annotation: Any) -> tuple[str, ...] | None:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((found for part in get_args(annotation) if (found := _choices(part))), None)
+    return None
+
+
+def given(namespace: argparse.Namespace) -> dict[str, Any]:
+    """The options that the user typed."""
+    known = Job.model_fields.keys() | Launch.model_fields.keys()
+    return {name: value for name, value in vars(namespace).items() if name in known}
+
+
+def job_and_launch(values: dict[str, Any]) -> tuple[Job, Launch]:
+    job, launch = split_options(values)
+    return build(Job, job), build(Launch, launch)
+
+
+def read_job_file(path: Path) -> dict[str, Any]:
+    """The options in a YAML job.
+
+    Raises:
+        UsageError: unreadable, or not a mapping of option names to values.
+    """
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        raise UsageError(f"job {path}: {' '.join(str(err).split())}; expected a YAML file of options") from err
+    if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
+        raise UsageError(f"job {path} is no mapping; expected lines such as 't_boom: 0.4'")
+    return {name.replace("-", "_"): value for name, value in found.items()}

@@ -1,0 +1,210 @@
+"""The plan: what will be done, frozen. A shard is a pure function of (plan, shard number, environment class)."""
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from boomgen import keys
+from boomgen.errors import BoomgenError, UsageError
+from boomgen.index import Index, permuted
+from boomgen.job import Job
+from boomgen.levels import Levels, parse_t_boom
+from boomgen.models import ModelInfo
+from boomgen.shard import sealed, unseal
+from boomgen.sources.base import NO_LABEL, Row
+
+SCHEMA_VERSION = 1
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SourcePlan(_Frozen):
+    """Where the images come from. `index_sha256` pins every row's place and size."""
+
+    location: str  # absolute folder or file, 'builtin:NAME', or hub id
+    name: str  # how the user named it
+    split: str
+    revision: str | None
+    image_column: str | None
+    label_column: str | None
+    rows: int
+    classes: tuple[str, ...]
+    labelled: bool
+    licence: str
+    index_sha256: str
+
+
+class ChainPlan(_Frozen):
+    """The levels, spelled out: a worker computes no schedule."""
+
+    level: int
+    a: tuple[float, ...]
+    s: tuple[float, ...]
+    t: tuple[float, ...]
+    of_step: tuple[int, ...]
+
+    @property
+    def levels(self) -> Levels:
+        return Levels(np.array(self.a), np.array(self.s), np.array(self.t), self.of_step)
+
+
+class NetworkPlan(_Frozen):
+    """How the network is called: always this shape, precision and build."""
+
+    batch_size: int
+    device: str
+    dtype: str
+    package_sha256: str | None  # the ahead-of-time compiled network beside the plan; None: eager
+    flops: int  # of one call
+    classes: tuple[int, ...] | None  # the model's class of each label; None: run without classes
+
+
+class PlannedRow(NamedTuple):
+    """One row of the output before it is made."""
+
+    position: int
+    variant: int
+    source_row: int
+    source: Row
+    key: str
+    noise_key: bytes
+
+
+class Plan(_Frozen):
+    """Everything that decides bytes, with every default filled in."""
+
+    schema_version: int = SCHEMA_VERSION
+    boomgen: str
+    job: Job
+    source: SourcePlan
+    model: ModelInfo
+    chain: ChainPlan
+    network: NetworkPlan
+    shard_size: int
+    secret_commitment: str
+    environment: dict[str, str]
+
+    @property
+    def rows(self) -> int:
+        return self.source.rows * self.job.variants
+
+    @property
+    def shards(self) -> int:
+        return math.ceil(self.rows / self.shard_size)
+
+    @property
+    def batches_per_shard(self) -> int:
+        return math.ceil(self.shard_size / self.network.batch_size)
+
+    @property
+    def labels_kept(self) -> bool:
+        return self.source.labelled and self.job.labels == "keep"
+
+    def positions(self, shard: int) -> range:
+        """The output rows of one shard."""
+        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.rows))
+
+    @property
+    def calls(self) -> int:
+        """Network calls of the whole job."""
+        per_shard = (math.ceil(len(self.positions(i)) / self.network.batch_size) for i in range(self.shards))
+        return sum(per_shard) * self.chain.level
+
+    def to_bytes(self) -> bytes:
+        return sealed(self.model_dump(mode="json"))
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan in a file.
+
+    Raises:
+        BoomgenError: missing, changed by even one byte, or of another schema version.
+    """
+    try:
+        record = unseal(path.read_bytes())
+    except FileNotFoundError as err:
+        raise UsageError(f"{path.parent} holds no plan.json; expected a run folder") from err
+    except (OSError, ValueError) as err:
+        raise BoomgenError(f"{path} is damaged ({err}); restore it, or plan a new run folder") from err
+    if record.get("schema_version") != SCHEMA_VERSION:
+        raise BoomgenError(
+            f"{path} has schema version {record.get('schema_version')}, this boomgen reads {SCHEMA_VERSION}; "
+            "use the boomgen that planned it"
+        )
+    try:
+        return Plan.model_validate({name: value for name, value in record.items() if name != "sha256"})
+    except ValidationError as err:
+        raise BoomgenError(f"{path} is no plan of this boomgen: {err.errors()[0]['msg']}") from err
+
+
+def planned_rows(plan: Plan, index: Index, secret: bytes, positions: range) -> list[PlannedRow]:
+    """The rows at these positions of the output, in order. Order, keys and noise follow from the secret."""
+    variants = plan.job.variants
+    places = permuted(secret, plan.rows, positions).tolist()
+    sources = index.take([place // variants for place in places])
+    return [
+        _planned_row(plan, secret, position, place, source)
+        for position, place, source in zip(positions, places, sources, strict=True)
+    ]
+
+
+def _planned_row(plan: Plan, secret: bytes, position: int, place: int, source: Row) -> PlannedRow:
+    source_row, variant = divmod(place, plan.job.variants)
+    anonymous = plan.job.mode == "anonymize"
+    shared = plan.job.noise == "shared"
+    return PlannedRow(
+        position=position,
+        variant=variant,
+        source_row=source_row,
+        source=source,
+        key=keys.output_key(secret, source.key, variant) if anonymous else f"{position:08d}",
+        noise_key=keys.shared_noise_key(secret) if shared else keys.noise_key(secret, source.key, variant),
+    )
+
+
+def differing(planned: Job, asked: Job) -> Iterator[str]:
+    """The settings in which two jobs differ, as 't_boom 0.4 (now 0.3)'."""
+    before, now = planned.model_dump(), asked.model_dump()
+    for name in before:
+        if before[name] != now[name]:
+            yield f"{name} {before[name]} (now {now[name]})"
+
+
+def t_boom_of(job: Job) -> tuple[Fraction, int]:
+    """t_boom as a fraction, and the length of the chain.
+
+    Raises:
+        UsageError: a level such as 40/100 beside another --steps.
+    """
+    value, fixed = parse_t_boom(str(job.t_boom))
+    if fixed is not None and job.steps not in (None, fixed):
+        raise UsageError(f"--t-boom {job.t_boom} with --steps {job.steps}; a level names its own steps, drop --steps")
+    return value, fixed or job.steps or 100
+
+
+def describe(plan: Plan) -> dict[str, Any]:
+    """What the plan means, for people."""
+    levels = plan.chain.levels
+    return {
+        "images": f"{plan.rows:,} ({plan.source.rows:,} sources x {plan.job.variants})",
+        "shards": f"{plan.shards:,} of {plan.shard_size:,}",
+        "t_boom": f"level {plan.chain.level}/{levels.count}, abar {levels.abar(plan.chain.level):.4f}",
+        "model": f"{plan.model.name} ({plan.model.licence})",
+        "network": f"{plan.network.dtype}, batch {plan.network.batch_size}, "
+        f"{'compiled' if plan.network.package_sha256 else 'eager'} on {plan.network.device}",
+        "calls": f"{plan.calls:,} ({plan.calls * plan.network.flops / 1e12:,.1f} TFLOP)",
+    }
+
+
+def label_of(plan: Plan, label: int) -> tuple[int, str]:
+    """The label and class name that the data set shows; (-1, '') where it shows none."""
+    if not plan.labels_kept or label == NO_LABEL:
+        return NO_LABEL, ""
+    return label, plan.source.classes[label] if label < len(plan.source.classes) else str(label)

@@ -1,0 +1,233 @@
+"""From a job to a planned run folder: fill in every default, index the source, freeze the plan."""
+
+import shutil
+import uuid
+from pathlib import Path
+from typing import NamedTuple
+
+from boomgen import __version__, catalog, env, index, keys, models
+from boomgen.errors import UsageError
+from boomgen.job import Job, Launch
+from boomgen.levels import respaced, spaced
+from boomgen.models import ModelInfo
+from boomgen.plan import ChainPlan, NetworkPlan, Plan, SourcePlan, differing, t_boom_of
+from boomgen.run import RunDir
+from boomgen.shard import sha256_file, write_durable
+from boomgen.sources import open_source
+from boomgen.sources.base import NO_LABEL
+
+COMPILE_PAYS_FROM = 60e12
+"""FLOP of a whole job above which compiling pays: about half an hour of one CPU core, against a minute of compiling."""
+
+
+class Resolved(NamedTuple):
+    """A job without gaps, and where its source lies."""
+
+    job: Job
+    location: str
+    preset: catalog.DataSet | None
+
+
+def resolve(job: Job) -> Resolved:
+    """Fill the job's gaps from the data set's preset.
+
+    Raises:
+        UsageError: unknown data set (with near matches), or options that exclude each other.
+    """
+    preset = catalog.dataset(job.dataset)
+    if job.mode == "anonymize" and (job.seed or job.variants > 1):
+        what = "--seed" if job.seed else "--variants"
+        raise UsageError(f"{what} with anonymize; its randomness is a secret (--secret-file), and each image has one version")
+    if job.mode == "augment" and job.linkage in ("private", "none"):
+        raise UsageError(f"--linkage {job.linkage} with augment; its noise follows from a public seed, use anonymize")
+    return Resolved(_filled(job, preset), _location(job, preset), preset)
+
+
+def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
+    model = job.model or (preset.model if preset else None)
+    t_boom = job.t_boom or (preset.t_boom if preset else None)
+    if not model or not t_boom:
+        missing = "--model" if not model else "--t-boom"
+        raise UsageError(f"{missing} is missing; {job.dataset} is no named data set with a default for it")
+    identity = preset is not None and preset.label_is_identity and job.mode == "anonymize"
+    return job.model_copy(
+        update={
+            "model": model,
+            "t_boom": t_boom,
+            "steps": t_boom_of(job.model_copy(update={"t_boom": t_boom}))[1],
+            "split": job.split or (preset.default_split if preset else None),
+            "fit": job.fit or (preset.fit if preset else "crop"),
+            "linkage": job.linkage or ("private" if job.mode == "anonymize" else "public"),
+            "labels": job.labels or ("drop" if identity else "keep"),
+            "data_dir": str(Path(job.data_dir).resolve()) if job.data_dir else None,
+        }
+    )
+
+
+def _location(job: Job, preset: catalog.DataSet | None) -> str:
+    if job.data_dir:
+        if not Path(job.data_dir).exists():
+            raise UsageError(f"--data-dir {job.data_dir} does not exist; expected the folder of {job.dataset}")
+        return str(Path(job.data_dir).resolve())
+    if preset and preset.builtin:
+        return f"builtin:{preset.builtin}"
+    if Path(job.dataset).exists():
+        return str(Path(job.dataset).resolve())
+    if preset and preset.hub:
+        return preset.hub.id
+    if job.dataset.count("/") == 1 and not job.dataset.startswith((".", "/")):
+        return job.dataset
+    raise UsageError(
+        f"no data set {job.dataset!r}{catalog.suggest(job.dataset, catalog.datasets())}; expected a name "
+        "(boomgen datasets), an existing folder or .tar, or owner/name on the Hugging Face Hub"
+    )
+
+
+def default_out(job: Job) -> Path:
+    name = Path(job.dataset).name.removesuffix(".tar")
+    return Path("runs") / f"{name}-{job.mode}-{str(job.t_boom).replace('/', 'of')}"
+
+
+def prepare(job: Job, launch: Launch) -> RunDir:
+    """The run folder of this job: planned anew, or the existing one if it was planned for the same job.
+
+    Raises:
+        UsageError: the folder holds another job's plan (the differing settings are named), the source is empty, ...
+    """
+    resolved = resolve(job)
+    out = Path(launch.out) if launch.out else default_out(resolved.job)
+    if (out / "plan.json").exists():
+        return reopen(out, resolved.job)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is no run folder; use another --out")
+    device, _ = env.choose_device(launch)
+    staging = out.parent / f".{out.name}.planning-{uuid.uuid4().hex[:8]}"
+    try:
+        staging.mkdir(parents=True, mode=0o700)
+        _write_plan(staging, resolved, launch, device)
+        if out.exists():
+            out.rmdir()
+        staging.rename(out)
+    except OSError as err:
+        raise UsageError(f"cannot write {out}: {err.strerror or err}; use another --out") from err
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return RunDir(out)
+
+
+def reopen(out: Path, job: Job) -> RunDir:
+    run = RunDir(out)
+    differences = ", ".join(differing(run.plan.job, job))
+    if differences:
+        raise UsageError(f"{out} was planned with {differences}; use another --out, or boomgen resume {out}")
+    return run
+
+
+def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -> None:
+    job = resolved.job
+    secret = _secret(job, launch)
+    model = models.inspect(str(job.model))
+    hub = resolved.preset.hub if resolved.preset and resolved.preset.hub and resolved.location == resolved.preset.hub.id else None
+    columns = (hub.image_column, hub.label_column) if hub else (None, None)
+    source = open_source(
+        catalog.resolved(resolved.location), job.split, image_column=columns[0], label_column=columns[1]
+    )
+    rows = index.build(source, folder / "index.parquet", job.limit)
+    labels = index.Index(folder / "index.parquet").label_counts()
+    classes = _class_names(resolved, source.classes, labels)
+    chain = _chain(job, model)
+    plan = Plan(
+        boomgen=__version__,
+        job=job.model_copy(update={"split": source.split}),
+        source=SourcePlan(
+            location=resolved.location,
+            name=job.dataset,
+            split=source.split,
+            revision=getattr(source, "revision", None),
+            image_column=columns[0],
+            label_column=columns[1],
+            rows=rows,
+            classes=classes,
+            labelled=set(labels) != {NO_LABEL},
+            licence=resolved.preset.licence if resolved.preset else "not stated",
+            index_sha256=sha256_file(folder / "index.parquet"),
+        ),
+        model=model,
+        chain=chain,
+        network=_network(folder, job, model, device, rows * job.variants * chain.level, models.class_map(model, classes)),
+        shard_size=1,
+        secret_commitment=keys.commitment(secret),
+        environment=env.environment(device),
+    )
+    batch = plan.network.batch_size
+    plan = plan.model_copy(update={"shard_size": job.shard_size or default_shard_size(plan.rows, batch)})
+    write_durable(folder / "secret", secret.hex().encode() + b"\n")
+    (folder / "secret").chmod(0o600)
+    if job.linkage == "public":
+        folder.chmod(0o755)
+    write_durable(folder / "plan.json", plan.to_bytes())
+
+
+def _secret(job: Job, launch: Launch) -> bytes:
+    if job.mode == "augment":
+        if launch.secret_file:
+            raise UsageError("--secret-file with augment; its link is public, use --seed")
+        return keys.secret_of_seed(job.seed)
+    return keys.read_secret(Path(launch.secret_file)) if launch.secret_file else keys.new_secret()
+
+
+def _class_names(resolved: Resolved, found: tuple[str, ...], labels: dict[int, int]) -> tuple[str, ...]:
+    """Names of all labels. Labels below -1, or beyond the names that are known, are refused."""
+    names = found or tuple(resolved.preset.classes if resolved.preset else ())
+    low, high = min(labels), max(labels)
+    if low < NO_LABEL or (names and high >= len(names)):
+        wrong = low if low < NO_LABEL else high
+        raise UsageError(f"label {wrong} in {resolved.job.dataset}; expected 0 to {len(names) - 1 if names else 'N'}")
+    return names or tuple(str(label) for label in range(high + 1))
+
+
+def _chain(job: Job, model: ModelInfo) -> ChainPlan:
+    from boomgen.models.pixel_unet import trained_abar
+
+    t_boom, steps = t_boom_of(job)
+    levels = respaced(trained_abar(model), spaced(model.trained_steps, steps, job.spacing))
+    return ChainPlan(
+        level=levels.level(t_boom),
+        a=tuple(levels.a.tolist()),
+        s=tuple(levels.s.tolist()),
+        t=tuple(levels.t.tolist()),
+        of_step=levels.of_step,
+    )
+
+
+def _network(
+    folder: Path, job: Job, model: ModelInfo, device: str, image_calls: int, classes: tuple[int, ...] | None
+) -> NetworkPlan:
+    import torch
+
+    from boomgen.models.pixel_unet import compile_network, flops
+
+    if model.class_count and classes is None and model.null_class is None:
+        raise UsageError(f"model {model.name} needs a class of its own for every label; {job.dataset} names others")
+    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2))
+    dtype = job.dtype or env.default_dtype(device)
+    cost = flops(model, batch)
+    pays = device == "cpu" and cost / batch * image_calls > COMPILE_PAYS_FROM and shutil.which("g++") is not None
+    package = folder / "network.pt2"
+    if job.compile == "yes" or (job.compile is None and pays):
+        torch.set_num_threads(1)
+        compile_network(model, getattr(torch, dtype), batch, device, package)
+    return NetworkPlan(
+        batch_size=batch,
+        device=device,
+        dtype=dtype,
+        package_sha256=sha256_file(package) if package.exists() else None,
+        flops=cost,
+        classes=classes,
+    )
+
+
+def default_shard_size(rows: int, batch: int) -> int:
+    """About 64 shards of whole batches, at most 10,000 rows each: small enough to redo, few enough to list."""
+    whole = -(-rows // (64 * batch)) * batch
+    return max(batch, min(whole, 10_000 // batch * batch))

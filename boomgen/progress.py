@@ -1,0 +1,57 @@
+"""One bar on the driver, fed by batches and corrected by whole shards; plain lines where there is no terminal."""
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+from tqdm import tqdm
+
+from boomgen.engines.local import Event
+from boomgen.plan import Plan
+
+LINE_EVERY = 10.0  # seconds
+
+
+class _Count:
+    """Rows made since this launch began. Rates and ETA are of this launch only."""
+
+    def __init__(self, todo: int) -> None:
+        self.todo, self.failed, self.start = todo, 0, time.monotonic()
+        self.made_of: dict[int, int] = {}
+
+    @property
+    def made(self) -> int:
+        return sum(self.made_of.values())
+
+    def add(self, event: Event) -> None:
+        if event.kind == "tick":
+            self.made_of[event.shard] = self.made_of.get(event.shard, 0) + event.rows
+        elif event.kind == "done":
+            self.made_of[event.shard] = event.rows
+            self.failed += event.rows - event.ok
+        elif event.kind in ("failed", "lost"):
+            self.made_of.pop(event.shard, None)
+
+    def line(self) -> str:
+        elapsed = time.monotonic() - self.start
+        rate = self.made / elapsed
+        left = f"{(self.todo - self.made) / rate:.0f} s left" if rate else "starting"
+        return f"{self.made}/{self.todo} images, {rate:.1f} images/s, {left}, {self.failed} failed"
+
+
+def show(plan: Plan, missing: Sequence[int], events: Iterable[Event]) -> None:
+    """Tell of the events until there are no more."""
+    count = _Count(sum(len(plan.positions(shard)) for shard in missing))
+    live, last = sys.stderr.isatty(), time.monotonic()
+    with tqdm(total=count.todo, unit="img", disable=not live, dynamic_ncols=True) as bar:
+        for event in events:
+            before = count.made
+            count.add(event)
+            bar.update(count.made - before)
+            if event.kind in ("failed", "lost"):
+                tqdm.write(f"shard {event.shard}: {event.text}", file=sys.stderr)
+            if count.failed:
+                bar.set_postfix(failed=count.failed, refresh=False)
+            if not live and time.monotonic() - last > LINE_EVERY:
+                last = time.monotonic()
+                print(count.line(), file=sys.stderr, flush=True)

@@ -1,0 +1,132 @@
+"""RunDir: the folder on disk, which is all the state that a run has."""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from boomgen import keys
+from boomgen.errors import BoomgenError, UsageError
+from boomgen.index import Index
+from boomgen.plan import Plan, read_plan
+from boomgen.shard import DONE, unseal
+
+
+class Status(NamedTuple):
+    """What a run folder holds. Rows are counted over whole shards."""
+
+    planned: int
+    whole: int
+    missing: list[int]
+    ok: int
+    failed: dict[str, int]  # by reason
+    finalised: bool
+    seconds: float  # of worker time, all whole shards together
+
+
+class RunDir:
+    """Paths of a run, and what is on them. Reads only; imports no torch."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not (self.path / "plan.json").exists():
+            raise UsageError(f"{self.path} is no run folder; expected one that boomgen planned, with a plan.json")
+
+    @cached_property
+    def plan(self) -> Plan:
+        return read_plan(self.path / "plan.json")
+
+    @property
+    def shards(self) -> Path:
+        return self.path / "shards"
+
+    @property
+    def staging(self) -> Path:
+        return self.path / "staging"
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / "manifest"
+
+    @property
+    def dataset(self) -> Path:
+        return self.path / "dataset"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def package(self) -> Path:
+        return self.path / "network.pt2"
+
+    def shard(self, number: int) -> Path:
+        return self.shards / f"{number:05d}"
+
+    @property
+    def secret(self) -> bytes:
+        """The run's secret, checked against the plan's commitment."""
+        path = self.path / "secret"
+        if not path.exists():
+            raise BoomgenError(f"{path} is gone (destroyed with --linkage none, or moved); nothing can be made again")
+        secret = keys.read_secret(path)
+        if keys.commitment(secret) != self.plan.secret_commitment:
+            raise BoomgenError(f"{path} is not the secret of this plan; restore the one it was planned with")
+        return secret
+
+    @cached_property
+    def index(self) -> Index:
+        """The row index, after checking that it is the planned one."""
+        path = self.path / "index.parquet"
+        if not path.exists():
+            raise BoomgenError(f"{path} is gone (destroyed with --linkage none, or moved); nothing can be made again")
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self.plan.source.index_sha256:
+            raise BoomgenError(f"{path} is not the planned index (sha256 differs); restore it, or plan a new run")
+        return Index(path)
+
+    def published(self) -> set[int]:
+        """Numbers of the shards that are whole."""
+        if not self.shards.is_dir():
+            return set()
+        return {int(entry.name) for entry in self.shards.iterdir() if entry.name.isdecimal()}
+
+    def missing(self) -> list[int]:
+        return sorted(set(range(self.plan.shards)) - self.published())
+
+    def done(self, number: int) -> dict[str, Any]:
+        """The done record of a published shard.
+
+        Raises:
+            BoomgenError: missing, or changed since it was written.
+        """
+        path = self.shard(number) / DONE
+        try:
+            return unseal(path.read_bytes())
+        except (OSError, ValueError) as err:
+            raise BoomgenError(f"{path} is damaged ({err}); remove {path.parent} and resume the run") from err
+
+    def status(self) -> Status:
+        failed: dict[str, int] = {}
+        ok, seconds = 0, 0.0
+        whole = sorted(self.published())
+        for number in whole:
+            record = self.done(number)
+            ok += record["ok"]
+            seconds += record["seconds"]["total"]
+            for reason, count in record["failed"].items():
+                failed[reason] = failed.get(reason, 0) + count
+        finalised = (self.dataset / "README.md").exists()
+        return Status(self.plan.shards, len(whole), self.missing(), ok, failed, finalised, seconds)
+
+
+def ranges(numbers: list[int]) -> str:
+    """Ascending shard numbers as people and schedulers write them: 0-3,7."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], number]
+        else:
+            parts.append([number])
+    return ",".join("-".join(str(end) for end in part) for part in parts)

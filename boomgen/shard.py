@@ -1,0 +1,140 @@
+"""How a shard becomes visible: built in a private staging folder, made durable, then published by ONE rename.
+
+A published shard folder holds `data.tar`, `manifest.parquet` and `done.json` or does not exist. A rename onto a folder
+that exists fails, so of two workers on one shard the first wins and the other's files vanish whole.
+"""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+TAR, PART, DONE = "data.tar", "manifest.parquet", "done.json"
+FAILPOINTS = ("staged", "row-written", "tar-closed", "part-written", "done-written", "synced", "published")
+
+
+def failpoint(name: str, shard: int) -> None:
+    """A named moment of the protocol. BOOMGEN_FAILPOINT=NAME:SHARD kills the process there, as a power cut would."""
+    if os.environ.get("BOOMGEN_FAILPOINT") == f"{name}:{shard}":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def canonical(record: Mapping[str, Any]) -> bytes:
+    """The one way a record is written as JSON, so that any changed byte is noticed."""
+    return json.dumps(record, indent=1, sort_keys=True, ensure_ascii=False).encode() + b"\n"
+
+
+def sealed(record: Mapping[str, Any]) -> bytes:
+    """A record with its own sha256 inside."""
+    body = {name: value for name, value in record.items() if name != "sha256"}
+    return canonical(body | {"sha256": hashlib.sha256(canonical(body)).hexdigest()})
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The record of `sealed` bytes.
+
+    Raises:
+        ValueError: any byte differs from what was written.
+    """
+    record = json.loads(data)
+    if not isinstance(record, dict) or sealed(record) != data:
+        raise ValueError("the record is not what was written")
+    return record
+
+
+def sha256_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    partial.write_bytes(data)
+    sync(partial)
+    partial.replace(path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Force a file or a folder's entries to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as err:  # some network disks cannot sync a folder
+        if err.errno not in (errno.EINVAL, errno.ENOTSUP) or path.is_file():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = len(data), 0o444, 0
+    tar.addfile(member, io.BytesIO(data))
+
+
+class ShardWriter:
+    """One attempt at one shard. `row` any number of times, then `seal`, then `publish`; `abandon` at any time."""
+
+    def __init__(self, shards: Path, staging: Path, number: int) -> None:
+        self.number, self.final = number, shards / f"{number:05d}"
+        self.folder = staging / f"{number:05d}-{uuid.uuid4().hex[:12]}"
+        self.folder.mkdir(parents=True)
+        self._file: IO[bytes] = (self.folder / TAR).open("wb")
+        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        failpoint("staged", number)
+
+    def row(self, key: str, members: Mapping[str, bytes]) -> None:
+        """Add one sample: file extension -> content."""
+        for extension in sorted(members):
+            _add_member(self._tar, f"{key}.{extension}", members[extension])
+        failpoint("row-written", self.number)
+
+    def seal(self, part: pa.Table, record: Mapping[str, Any]) -> None:
+        """Close the tar, write the manifest part and the done record with the hashes of both, and make all durable."""
+        self._tar.close()
+        self._file.close()
+        failpoint("tar-closed", self.number)
+        pq.write_table(part, self.folder / PART, compression="zstd")
+        failpoint("part-written", self.number)
+        files = {
+            name: {"sha256": sha256_file(self.folder / name), "bytes": (self.folder / name).stat().st_size}
+            for name in (TAR, PART)
+        }
+        (self.folder / DONE).write_bytes(sealed({**record, "shard": self.number, "files": files}))
+        failpoint("done-written", self.number)
+        for path in (self.folder / TAR, self.folder / PART, self.folder / DONE, self.folder):
+            sync(path)
+        failpoint("synced", self.number)
+
+    def publish(self) -> bool:
+        """Make the shard visible. False if another worker had published it before."""
+        try:
+            self.folder.rename(self.final)
+        except OSError as err:
+            if err.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            self.abandon()
+            return False
+        sync(self.final.parent)
+        failpoint("published", self.number)
+        return True
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        self._file.close()
+        with contextlib.suppress(FileNotFoundError):
+            shutil.rmtree(self.folder)

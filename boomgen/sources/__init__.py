@@ -1,0 +1,51 @@
+"""Where images come from. `open_source` tells the kind of a source from what lies there."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from boomgen.errors import UsageError
+from boomgen.sources import folder, hf, idx, wds
+from boomgen.sources.base import NO_LABEL, Columns, RawImage, Row, Source
+
+__all__ = ["NO_LABEL", "RawImage", "Row", "Source", "open_source"]
+
+KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, str | None, Columns], Source]], ...] = (
+    ("IDX files", idx.is_here, lambda place, split, _: idx.Idx(place, split)),
+    ("a data set written by save_to_disk", hf.is_saved, hf.open_saved),
+    ("WebDataset tars", wds.is_here, lambda place, split, _: wds.Tars(place, split)),
+    ("Parquet files with images", hf.is_parquet, hf.open_parquet),
+    ("image files", folder.is_here, lambda place, split, _: folder.Folder(place, split)),
+)
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def open_source(
+    location: str,
+    split: str | None = None,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    revision: str | None = None,
+) -> Source:
+    """The source at a local path, or with an id on the Hugging Face Hub.
+
+    split None means 'train' if there is one, else the only one there is; `Source.split` says which. Columns matter to
+    tables only, `revision` to the Hub only. UsageError where nothing known lies there or it is not whole.
+    """
+    place, columns = Path(location).expanduser(), Columns(image_column, label_column)
+    if not place.exists() and HUB_ID.fullmatch(location):
+        return hf.open_hub(location, split, columns, revision)
+    for _, is_here, opened in KINDS:
+        if is_here(place):
+            return opened(place, split, columns)
+    raise UsageError(
+        f"{location} {_found(place)}; expected {', '.join(kind for kind, *_ in KINDS)} or a Hub id owner/name"
+    )
+
+
+def _found(place: Path) -> str:
+    if not place.is_dir():
+        return "is a file of another kind" if place.exists() else "does not exist"
+    names = sorted(path.name for path in place.iterdir())
+    return f"holds {', '.join(names[:3])}{' ...' if names[3:] else ''}" if names else "is an empty folder"

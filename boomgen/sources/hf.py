@@ -1,0 +1,177 @@
+"""Hugging Face data sets: saved on disk, a folder of Parquet files, or an id on the Hub."""
+
+from collections.abc import Callable, Iterator
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+from boomgen.errors import RowError, UsageError
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, Columns, Row, choose_split
+
+LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+HUB_TIMEOUT = 10.0  # seconds
+BATCH = 10_000
+
+
+def is_saved(place: Path) -> bool:
+    """Whether a folder was written by save_to_disk."""
+    return any((place / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def is_parquet(place: Path) -> bool:
+    """Whether a folder holds Parquet files other than the metadata of an image folder."""
+    files = (path for pattern in ("*.parquet", "*/*.parquet") for path in place.glob(pattern))
+    return place.is_dir() and any(path.name != "metadata.parquet" for path in files)
+
+
+class Table:
+    """One split of a `datasets.Dataset`, with its images left encoded."""
+
+    kind = "huggingface"
+
+    def __init__(self, data: Any, split: str, columns: Columns, where: str, revision: str | None = None) -> None:
+        from datasets import ClassLabel, Image
+
+        self.split, self.revision, self._where = split, revision, where
+        self._image = _image_column(data.features, columns.image, where)
+        self._label = _label_column(data.features, columns.label, where)
+        feature = data.features[self._label] if self._label else None
+        self.classes = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+        data = data.with_format(None)
+        self._images = data.select_columns([self._image]).cast_column(self._image, Image(decode=False))
+        self._labels = data.select_columns([self._label]) if self._label else None
+
+    def rows(self) -> Iterator[Row]:
+        """The offset is the row number; sizes are not known."""
+        for i, label in enumerate(self._each_label()):
+            yield Row(f"{self.split}-{i:08d}", "", i, -1, label)
+
+    def _each_label(self) -> Iterator[int]:
+        if self._labels is None:
+            yield from repeat(NO_LABEL, len(self._images))
+            return
+        for batch in self._labels.iter(batch_size=BATCH):
+            yield from (NO_LABEL if label is None else int(label) for label in batch[self._label])
+
+    def read(self, row: Row) -> bytes:
+        """RowError where the cell is empty."""
+        if row.offset >= len(self._images):
+            raise OSError(f"{self._where} has {len(self._images)} rows, it had {row.key} when the rows were listed")
+        cell = self._images[row.offset][self._image]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise RowError("undecodable", f"{row.key} has no image in column {self._image!r}")
+        data: bytes | None = cell["bytes"]
+        return Path(cell["path"]).read_bytes() if data is None else data
+
+
+def open_saved(place: Path, split: str | None, columns: Columns) -> Table:
+    """What Dataset.save_to_disk or DatasetDict.save_to_disk wrote."""
+    from datasets import DatasetDict, load_from_disk
+
+    data = _tried(lambda: load_from_disk(str(place)), f"{place} is not readable", "save it again with save_to_disk")
+    if not isinstance(data, DatasetDict):
+        return Table(data, split or NO_SPLIT, columns, str(place))
+    chosen = choose_split(list(data), split, str(place))
+    return Table(data[chosen], chosen, columns, str(place))
+
+
+def open_parquet(place: Path, split: str | None, columns: Columns) -> Table:
+    """A folder of Parquet files as the Hub lays them out (a downloaded copy)."""
+    return _load(str(place), None, split, columns, "expected a data set as the Hub lays it out: download it again")
+
+
+def open_hub(repo: str, split: str | None, columns: Columns, revision: str | None) -> Table:
+    """A data set on the Hub or in its cache. `Table.revision` is the commit, known unless offline."""
+    commit = _commit(repo, revision)
+    return _load(repo, commit, split, columns, f"pass --data-dir with a local copy, or see {_page(repo)}")
+
+
+def _load(path: str, revision: str | None, split: str | None, columns: Columns, remedy: str) -> Table:
+    from datasets import get_dataset_split_names, load_dataset
+
+    complaint = f"data set {path} does not load"
+    splits = _tried(lambda: get_dataset_split_names(path, revision=revision), complaint, remedy)
+    chosen = choose_split(splits, split, path)
+    data = _tried(lambda: load_dataset(path, split=chosen, revision=revision), complaint, remedy)
+    return Table(data, chosen, columns, path, revision)
+
+
+def _tried(act: Callable[[], Any], complaint: str, remedy: str) -> Any:
+    """`datasets` fails with a dozen exception types; to the user all of them are one line and a remedy."""
+    try:
+        return act()
+    except Exception as err:
+        raise UsageError(f"{complaint}: {_line(err)}; {remedy}") from err
+
+
+def _commit(repo: str, revision: str | None) -> str | None:
+    """The commit behind a revision. One request that is not retried, so that an unreachable Hub fails in seconds."""
+    from huggingface_hub import HfApi, constants, errors
+
+    if constants.HF_HUB_OFFLINE:
+        return revision
+    try:
+        commit = HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT).sha
+        HfApi().auth_check(repo, repo_type="dataset")
+    except errors.GatedRepoError as err:
+        raise UsageError(
+            f"data set {repo} is gated; accept its terms at {_page(repo)} and run `hf auth login` (or set HF_TOKEN)"
+        ) from err
+    except errors.RevisionNotFoundError as err:
+        raise UsageError(f"data set {repo} has no revision {revision!r}; see {_page(repo)}/commits/main") from err
+    except errors.RepositoryNotFoundError as err:
+        raise UsageError(
+            f"{repo} is neither a local path nor a data set on the Hugging Face Hub; check the name, "
+            "or run `hf auth login` if it is private"
+        ) from err
+    except (errors.HFValidationError, errors.HfHubHTTPError) as err:
+        raise UsageError(f"the Hugging Face Hub refused data set {repo}: {_line(err)}; see {_page(repo)}") from err
+    except Exception as err:
+        raise UsageError(
+            f"cannot reach the Hugging Face Hub for data set {repo} ({_line(err)}), and there is no such local path; "
+            "pass --data-dir with a local copy, or set HF_HUB_OFFLINE=1 if it is cached"
+        ) from err
+    return str(commit)
+
+
+def _page(repo: str) -> str:
+    return f"https://huggingface.co/datasets/{repo}"
+
+
+def _line(err: Exception) -> str:
+    return (str(err).strip() or type(err).__name__).splitlines()[0][:200]
+
+
+def _image_column(features: Any, asked: str | None, where: str) -> str:
+    from datasets import Image
+
+    found: list[str] = [name for name, feature in features.items() if isinstance(feature, Image)]
+    raw: list[str] = [
+        name for name, feature in features.items() if getattr(feature, "dtype", "") in ("binary", "large_binary")
+    ]
+    if asked is None and found:
+        return found[0]
+    if asked is not None and asked in found + raw:
+        return asked
+    got = "no column of images" if asked is None else f"{asked!r} is not a column of images"
+    raise UsageError(
+        f"{where}: {got}; pass --image-column with one of {_named(found + raw)} (it has {_named(features)})"
+    )
+
+
+def _label_column(features: Any, asked: str | None, where: str) -> str | None:
+    from datasets import ClassLabel, Value
+
+    named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    whole = [name for name, f in features.items() if isinstance(f, Value) and f.dtype.lstrip("u").startswith("int")]
+    if asked is None:
+        return next(iter(named + [name for name in LABEL_NAMES if name in whole]), None)
+    if asked in named + whole:
+        return asked
+    raise UsageError(
+        f"{where}: {asked!r} is not a column of labels; pass --label-column with one of {_named(named + whole)}"
+    )
+
+
+def _named(names: Any) -> str:
+    return ", ".join(names) or "none"

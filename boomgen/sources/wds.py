@@ -1,0 +1,152 @@
+"""WebDataset tars on a local disk."""
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from boomgen.errors import UsageError
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, SPLITS, Row, choose_split
+
+EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp", "bmp"))
+NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key, fields: the key ends at the first dot of the last path part
+SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)})(?=[-_.\d])")
+
+
+class Member(NamedTuple):
+    """One file of a sample."""
+
+    key: str
+    field: str
+    offset: int
+    size: int
+    text: bytes  # the content of a .cls or .json, else empty
+
+
+def is_here(place: Path) -> bool:
+    """Whether a path is a tar or a folder of tars."""
+    return bool(_tars(place))
+
+
+class Tars:
+    """A tar, or a folder of tars (directly or in `data/`). Samples without an image member are passed over."""
+
+    kind = "webdataset"
+
+    def __init__(self, place: Path, split: str | None) -> None:
+        self.root = place if place.is_dir() else place.parent
+        self.tars, self.split = _choose(_tars(place), split, place)
+        self.classes = _card_classes(self.root) or _card_classes(self.root.parent)
+
+    def rows(self) -> Iterator[Row]:
+        """One row per sample; offset and size are those of the image's bytes in its tar."""
+        for tar in self.tars:
+            name, seen = tar.relative_to(self.root).as_posix(), set[str]()
+            for key, members in groupby(_members(tar), lambda member: member.key):
+                if key in seen:
+                    raise UsageError(
+                        f"{tar}: the members of sample {key!r} are not next to each other; expected a WebDataset tar: "
+                        "write it again sorted by name (tar --sort=name)"
+                    )
+                seen.add(key)
+                yield from _row(tar, name, key, list(members))
+
+    def read(self, row: Row) -> bytes:
+        """The image member's bytes."""
+        with (self.root / row.path).open("rb") as file:
+            file.seek(row.offset)
+            data = file.read(row.size)
+        if len(data) != row.size:
+            raise OSError(f"{self.root / row.path} ends inside {row.key}: {len(data)} of {row.size} bytes")
+        return data
+
+
+def _tars(place: Path) -> list[Path]:
+    if place.is_dir():
+        return sorted(place.glob("*.tar")) + sorted(place.glob("data/*.tar"))
+    return [place] if place.suffix == ".tar" and place.is_file() else []
+
+
+def _choose(tars: list[Path], split: str | None, place: Path) -> tuple[list[Path], str]:
+    """The tars of one split, known by their names; all of them where no name tells a split."""
+    asked = [tar for tar in tars if tar.name.startswith(f"{split}-")]
+    if split is not None and asked:
+        return asked, split
+    named = [(tar, match[1]) for tar in tars if (match := SPLIT.search(tar.name))]
+    if not named or not place.is_dir():
+        return tars, split or NO_SPLIT
+    chosen = choose_split(sorted({name for _, name in named}), split, str(place))
+    return [tar for tar, name in named if name == chosen], chosen
+
+
+def _members(tar: Path) -> Iterator[Member]:
+    """The regular files of a tar that belong to samples, in order."""
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # type: ignore[attr-defined]  # else every header of the tar stays in memory
+                match = NAME.fullmatch(info.name)
+                if info.isreg() and match and not re.match(r"__[^/]*__($|/)", info.name):
+                    field = match[2].lower()
+                    file = archive.extractfile(info) if field in ("cls", "json") else None
+                    yield Member(match[1], field, info.offset_data, info.size, file.read() if file else b"")
+            end = archive.offset
+    except (tarfile.TarError, OSError) as err:
+        raise UsageError(f"{tar}: {err}; expected a whole, uncompressed tar: fetch or write it again") from err
+    _require_end(tar, end)
+
+
+def _require_end(tar: Path, end: int) -> None:
+    """tarfile takes a cut between two members, or a damaged header, for the end of the archive."""
+    with tar.open("rb") as file:
+        file.seek(end)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+        raise UsageError(
+            f"{tar} is truncated or damaged at byte {end}, no end-of-archive block; fetch or write it again"
+        )
+
+
+def _row(tar: Path, name: str, key: str, members: list[Member]) -> Iterator[Row]:
+    images = [member for member in members if member.field.rpartition(".")[2] in EXTENSIONS]
+    if len(images) > 1:
+        fields = ", ".join(image.field for image in images)
+        raise UsageError(
+            f"{tar}: sample {key!r} holds {len(images)} images ({fields}), expected one: write it with one"
+        )
+    for image in images:
+        yield Row(key, name, image.offset, image.size, _label(tar, key, members))
+
+
+def _label(tar: Path, key: str, members: list[Member]) -> int:
+    """From .cls, else from "cls" or "label" in .json, else NO_LABEL."""
+    texts = {member.field: member.text for member in members}
+    try:
+        if "cls" in texts:
+            return int(texts["cls"])
+        record = json.loads(texts.get("json", b"{}"))
+    except ValueError as err:
+        raise UsageError(f"{tar}: sample {key!r} has no readable label ({err}); expected an integer in .cls") from err
+    values = [record.get(field) for field in ("cls", "label")] if isinstance(record, dict) else []
+    return next((value for value in values if type(value) is int), NO_LABEL)
+
+
+def _card_classes(folder: Path) -> tuple[str, ...]:
+    """The class names that a data set card (README.md) gives its feature `cls`; () where it gives none."""
+    try:
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        card = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        return ()
+    infos = card.get("dataset_info", {}) if isinstance(card, dict) else {}
+    try:
+        features = (infos[0] if isinstance(infos, list) else infos)["features"]
+        names: Any = next(f["dtype"]["class_label"]["names"] for f in features if f["name"] == "cls")
+    except (KeyError, IndexError, TypeError, StopIteration):
+        return ()
+    return tuple(names[i] for i in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)

@@ -1,0 +1,303 @@
+"""The worker: loads the model once, then makes shards. Everything it does follows from the plan and a shard number."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from boomgen import __version__, catalog, env, images, manifest, models
+from boomgen.boomerang import boomerang
+from boomgen.errors import BoomgenError, RowError
+from boomgen.images import Box, Pixels
+from boomgen.models.pixel_unet import Network, NetworkCall, PixelUNet, load_compiled
+from boomgen.noise import Stream, normal
+from boomgen.plan import PlannedRow, SourcePlan, label_of, planned_rows
+from boomgen.run import RunDir
+from boomgen.shard import ShardWriter, sha256_file
+from boomgen.sources import open_source
+from boomgen.sources.base import NO_LABEL, RawImage, Source
+
+Tick = Callable[[int], None]
+"""Called after every batch with the number of its rows; may raise to drop the shard."""
+
+
+@dataclass
+class Loaded:
+    """One planned row with its source read; `failure` instead of pixels where it could not be decoded."""
+
+    row: PlannedRow
+    source_sha256: str = ""
+    pixels: Pixels | None = None
+    box: Box | None = None
+    width: int = 0
+    height: int = 0
+    failure: RowError | None = None
+
+
+class Made(NamedTuple):
+    """A finished row: its manifest entry, and its tar members unless it failed."""
+
+    entry: dict[str, Any]
+    members: dict[str, bytes]
+
+
+@dataclass
+class Clock:
+    """Seconds spent per kind of work; reading and writing overlap the network, so they may add up to more than the total."""
+
+    spent: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "infer": 0.0, "write": 0.0})
+
+    def timed(self, name: str, work: Callable[..., Any], *args: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return work(*args)
+        finally:
+            self.spent[name] += time.perf_counter() - start
+
+
+class Worker:
+    """Makes the shards of one run on one device ('cpu', 'cuda' or 'cuda:1').
+
+    Raises:
+        BoomgenError: this device is not of the planned class, or model or network package are not the planned ones.
+    """
+
+    def __init__(self, run: RunDir, device: str | None = None, allow_mixed: bool = False) -> None:
+        self.run, self.plan = run, run.plan
+        self.device = device or self.plan.network.device
+        self.environment = env.environment(self.device.split(":")[0])
+        differs = env.difference(self.plan.environment, self.environment)
+        if differs and not allow_mixed:
+            raise BoomgenError(
+                f"this device is not of the planned class: {differs}; run on the planned class, plan anew here, or "
+                "accept other bytes with --allow-mixed"
+            )
+        self.secret, self.index, self.source = run.secret, run.index, _open(self.plan.source)
+        self.levels = self.plan.chain.levels
+        classes = self.plan.network.classes
+        self.denoiser = PixelUNet(self.plan.model, self.levels, self._network(), classes, self.device)
+        self.pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="boomgen")
+
+    def _network(self) -> NetworkCall:
+        planned, package = self.plan.network, self.run.package
+        models.check(self.plan.model)
+        if planned.package_sha256 is None:
+            return Network(self.plan.model, getattr(torch, planned.dtype)).to(self.device)
+        if not package.exists() or sha256_file(package) != planned.package_sha256:
+            raise BoomgenError(f"{package} is missing or not the planned one; restore it, or plan a new run")
+        return load_compiled(package)
+
+    def make_shard(self, number: int, tick: Tick = lambda rows: None) -> dict[str, Any]:
+        """Make and publish one shard; its done record. A failure of the machine raises and leaves nothing behind."""
+        start, clock = time.perf_counter(), Clock()
+        shard = ShardWriter(self.run.shards, self.run.staging, number)
+        try:
+            entries = []
+            for batch in self._overlapped(number, clock, tick):
+                for made in batch:
+                    entries.append({**made.entry, "shard": number})
+                    if made.members:
+                        shard.row(made.entry["key"], made.members)
+            record = self._record(entries, clock.spent | {"total": time.perf_counter() - start})
+            shard.seal(manifest.table(entries), record)
+            shard.publish()
+        except BaseException:
+            shard.abandon()
+            raise
+        return record
+
+    def make_batch(self, number: int, batch: int) -> list[Made]:
+        """One batch of a shard again, nothing written: the same rows in the same planned shape."""
+        rows = self.batches(number)[batch]
+        return self._finish(self._load(rows), Clock())
+
+    def batches(self, number: int) -> list[list[PlannedRow]]:
+        rows = planned_rows(self.plan, self.index, self.secret, self.plan.positions(number))
+        size = self.plan.network.batch_size
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+    def _overlapped(self, number: int, clock: Clock, tick: Tick) -> Iterator[list[Made]]:
+        """Batches in order; the next one is read and the last one encoded while the network runs."""
+        batches = self.batches(number)
+        loading: Future[list[Loaded]] = self.pool.submit(clock.timed, "read", self._load, batches[0])
+        encoding: Future[list[Made]] | None = None
+        for following in [*batches[1:], None]:
+            loaded = loading.result()
+            if following is not None:
+                loading = self.pool.submit(clock.timed, "read", self._load, following)
+            outputs = clock.timed("infer", self.sample, loaded)
+            if encoding is not None:
+                yield encoding.result()
+            encoding = self.pool.submit(clock.timed, "write", self._encode, loaded, outputs)
+            tick(len(loaded))
+        if encoding is not None:
+            yield encoding.result()
+
+    def _finish(self, loaded: list[Loaded], clock: Clock) -> list[Made]:
+        return self._encode(loaded, clock.timed("infer", self.sample, loaded))
+
+    def _load(self, rows: Sequence[PlannedRow]) -> list[Loaded]:
+        return [self._load_row(row) for row in rows]
+
+    def _load_row(self, row: PlannedRow) -> Loaded:
+        loaded = Loaded(row)
+        try:
+            raw = self.source.read(row.source)
+            loaded.source_sha256 = hashlib.sha256(_as_bytes(raw)).hexdigest()
+            pixels = images.decode(raw, self.plan.model.channels)
+        except RowError as err:
+            loaded.failure = err
+            return loaded
+        loaded.height, loaded.width = pixels.shape[:2]
+        loaded.pixels, loaded.box = images.fit(pixels, self.plan.model.size, str(self.plan.job.fit))
+        return loaded
+
+    @torch.inference_mode()
+    def sample(self, loaded: list[Loaded]) -> tuple[Tensor, Tensor]:
+        """Boomerang over one batch, padded to the planned shape: images (B, H, W, C) uint8, and which are finite."""
+        info, size = self.plan.model, self.plan.network.batch_size
+        pixels = np.zeros((size, info.size, info.size, info.channels), np.uint8)
+        labels = torch.full((size,), NO_LABEL)
+        for place, item in enumerate(loaded):
+            if item.pixels is not None:
+                pixels[place] = item.pixels
+            labels[place] = item.row.source.label
+        noise_keys = [item.row.noise_key for item in loaded]
+        noise_keys += noise_keys[:1] * (size - len(loaded))
+        condition = self.denoiser.prepare(labels.to(self.device))
+        x = boomerang(
+            self.denoiser.encode(torch.from_numpy(pixels)),
+            self.plan.chain.level,
+            self.levels,
+            lambda x, k: self.denoiser.predict_x0(x, k, condition),
+            NoiseAhead(self.pool, noise_keys, (info.channels, info.size, info.size), self.device),
+            self.plan.job.eta,
+        )
+        finite = x.isfinite().flatten(1).all(1).cpu()
+        return self.denoiser.decode(x.nan_to_num(0.0)), finite
+
+    def _encode(self, loaded: list[Loaded], outputs: tuple[Tensor, Tensor]) -> list[Made]:
+        pixels, finite = outputs
+        return [self._made(item, pixels[i].numpy(), bool(finite[i])) for i, item in enumerate(loaded)]
+
+    def _made(self, item: Loaded, pixels: Pixels, finite: bool) -> Made:
+        failure = item.failure or (None if finite else RowError("nan", "the network's output is not finite"))
+        if failure is not None:
+            detail = str(failure).partition(": ")[2]
+            return Made(self._entry(item) | {"status": manifest.FAILED, "reason": failure.reason, "detail": detail}, {})
+        assert item.box is not None  # a row that did not fail was decoded
+        pixels = np.ascontiguousarray(images.unfit(pixels, item.box))
+        file = images.encode(pixels, self.plan.job.format)
+        made = {
+            "output_sha256": hashlib.sha256(file).hexdigest(),
+            "pixel_sha256": hashlib.sha256(pixels).hexdigest(),
+            "height": pixels.shape[0],
+            "width": pixels.shape[1],
+        }
+        entry = self._entry(item) | made
+        return Made(entry, self._members(entry, file))
+
+    def _entry(self, item: Loaded) -> dict[str, Any]:
+        plan, row = self.plan, item.row
+        level = plan.chain.level
+        label, class_name = label_of(plan, row.source.label)
+        return {
+            "key": row.key,
+            "status": manifest.OK,
+            "reason": "",
+            "detail": "",
+            "row": row.position,
+            "variant": row.variant,
+            "label": label,
+            "class_name": class_name,
+            "output_sha256": "",
+            "pixel_sha256": "",
+            "width": -1,
+            "height": -1,
+            "source_row": row.source_row,
+            "source_key": row.source.key,
+            "source_label": row.source.label,
+            "source_sha256": item.source_sha256,
+            "source_width": item.width or -1,
+            "source_height": item.height or -1,
+            "fit": plan.job.fit,
+            "model_sha256": plan.model.sha256,
+            "level": level,
+            "levels": self.levels.count,
+            "t": float(self.levels.t[level]),
+            "abar": self.levels.abar(level),
+            "sampler": "ancestral",
+            "eta": plan.job.eta,
+            "noise_key": row.noise_key.hex(),
+            "attempt": 0,
+        }
+
+    def _members(self, entry: dict[str, Any], file: bytes) -> dict[str, bytes]:
+        """Tar members by extension. The json has one fixed set of keys, as loaders infer its type from the first samples."""
+        about = {"class_name": entry["class_name"], "t_boom": f"{entry['level']}/{entry['levels']}", "abar": entry["abar"]}
+        if self.plan.job.linkage == "public":
+            about |= {name: entry[name] for name in ("source_key", "source_row", "variant")}
+        members = {self.plan.job.format: file, "json": json.dumps(about, sort_keys=True).encode()}
+        if entry["label"] != NO_LABEL:
+            members["cls"] = str(entry["label"]).encode()
+        return members
+
+    def _record(self, entries: list[dict[str, Any]], seconds: dict[str, float]) -> dict[str, Any]:
+        """The done record: identity, counts, environment class."""
+        failed: dict[str, int] = {}
+        for entry in entries:
+            if entry["status"] == manifest.FAILED:
+                failed[entry["reason"]] = failed.get(entry["reason"], 0) + 1
+        return {
+            "boomgen": __version__,
+            "plan_sha256": hashlib.sha256(self.plan.to_bytes()).hexdigest(),
+            "rows": len(entries),
+            "ok": len(entries) - sum(failed.values()),
+            "failed": failed,
+            "rejected": {},
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+            "environment": self.environment,
+        }
+
+
+class NoiseAhead:
+    """The noise of one batch, each reverse step's drawn in a thread while the network runs the step before."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, noise_keys: list[bytes], shape: tuple[int, ...], device: str
+    ) -> None:
+        self.pool, self.noise_keys, self.shape, self.device = pool, noise_keys, shape, device
+        self.ahead: tuple[int, Future[Any]] | None = None
+
+    def __call__(self, stream: Stream, step: int) -> Tensor:
+        ready = self.ahead[1].result() if self.ahead and (stream, step) == (Stream.STEP, self.ahead[0]) else None
+        if ready is None:
+            ready = self._draw(stream, step)
+        if stream == Stream.STEP and step > 1:
+            self.ahead = (step - 1, self.pool.submit(self._draw, Stream.STEP, step - 1))
+        return torch.from_numpy(ready).to(self.device)
+
+    def _draw(self, stream: Stream, step: int) -> Any:
+        return normal(self.noise_keys, stream, step, self.shape)
+
+
+def _open(source: SourcePlan) -> Source:
+    return open_source(
+        catalog.resolved(source.location),
+        source.split,
+        image_column=source.image_column,
+        label_column=source.label_column,
+        revision=source.revision,
+    )
+
+
+def _as_bytes(raw: RawImage) -> bytes:
+    return raw if isinstance(raw, bytes) else raw.tobytes()
