@@ -54,9 +54,7 @@ def chain(
         yield x
 
 
-def boomerang(
-    x0: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, eta: float = 1.0
-) -> Tensor:
+def boomerang(x0: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, eta: float = 1.0) -> Tensor:
     """A sample near x0, shape (B, ...): noised to level k of 0..S and brought back (Algorithm 1)."""
     for x in chain(x0, k, levels, predict_x0, noise, eta):  # noqa: B007 - the last state is the sample
         pass

@@ -79,9 +79,9 @@ def resolved(location: str) -> str:
 @cache
 def datasets() -> dict[str, DataSet]:
     """All named data sets by name, in the order of their names."""
-    files = sorted(path for path in shipped("manifests").glob("*.yaml") if path.name != MODELS)
+    files = [path for path in shipped("manifests").glob("*.yaml") if path.name != MODELS]
     found = [DataSet.model_validate(_yaml(path)) for path in files]
-    return {dataset.name: dataset for dataset in found}
+    return {dataset.name: dataset for dataset in sorted(found, key=lambda dataset: dataset.name)}
 
 
 def dataset(name: str) -> DataSet | None:

@@ -151,10 +151,15 @@ def _status_text(path: Path) -> str:
     lines = {
         "rows": f"{found.ok} ok{', ' if failed else ''}{failed} of {run.plan.rows}",
         "t_boom": f"level {level}/{levels.count}, abar {levels.abar(level):.4f}",
-        "shards": f"{found.whole} of {found.planned} whole" + (f", missing {ranges(found.missing)}" if found.missing else ""),
+        "shards": f"{found.whole} of {found.planned} whole"
+        + (f", missing {ranges(found.missing)}" if found.missing else ""),
     }
     if found.finalised:
-        lines |= {"data set": str(run.dataset), "manifest": str(run.manifest), "next": f"boomgen verify {path} --remake 5"}
+        lines |= {
+            "data set": str(run.dataset),
+            "manifest": str(run.manifest),
+            "next": f"boomgen verify {path} --remake 5",
+        }
     else:
         lines |= {"next": f"boomgen {'resume' if found.missing else 'finalise'} {path}"}
     if run.plan.job.linkage == "private":
@@ -195,11 +200,17 @@ def _parser() -> Parser:
     ):
         example = f"boomgen {name} --dataset fashion-sample --t-boom 0.4"
         add_flags(command(name, anonymize, text, example), Job, Launch, leave_out=mode)
-    add_flags(on_run("resume", resume, "make what is missing of a run and close it"), Launch, leave_out=frozenset({"out"}))
+    add_flags(
+        on_run("resume", resume, "make what is missing of a run and close it"), Launch, leave_out=frozenset({"out"})
+    )
     on_run("status", status, "what a run holds, and how to go on").add_argument("--json", action="store_true")
     checking = on_run("verify", verify, "hash everything again, and make some rows again", " --remake 5")
-    checking.add_argument("--remake", type=int, default=0, metavar="N", help="make N random rows again and compare bytes")
-    planning = command("plan", plan, "write the plan without running it", "boomgen plan --dataset fashion-sample --calibrate")
+    checking.add_argument(
+        "--remake", type=int, default=0, metavar="N", help="make N random rows again and compare bytes"
+    )
+    planning = command(
+        "plan", plan, "write the plan without running it", "boomgen plan --dataset fashion-sample --calibrate"
+    )
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
     add_flags(planning, Job, Launch)
     from_file = command("run", run_file, "run a YAML job; flags win over the file", "boomgen run jobs/quickstart.yaml")
@@ -207,8 +218,12 @@ def _parser() -> Parser:
     add_flags(from_file, Job, Launch)
     on_run("logs", logs, "what the workers said", " --failed").add_argument("--failed", action="store_true")
     on_run("finalise", finalise, "close a run whose shards are all whole")
-    sweeping = command("sweep", sweep, "a picture of some images at several t_boom", "boomgen sweep --dataset fashion-sample")
-    sweeping.add_argument("--levels", default="0.2,0.4,0.6,0.8", help="t_boom values, comma-separated (default %(default)s)")
+    sweeping = command(
+        "sweep", sweep, "a picture of some images at several t_boom", "boomgen sweep --dataset fashion-sample"
+    )
+    sweeping.add_argument(
+        "--levels", default="0.2,0.4,0.6,0.8", help="t_boom values, comma-separated (default %(default)s)"
+    )
     add_flags(sweeping, Job, Launch, leave_out=mode | {"t_boom"})
     command("models", list_models, "models that are known by name", "boomgen models")
     command("datasets", list_datasets, "data sets that are known by name", "boomgen datasets")
@@ -234,7 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{type(err).__name__}: {err} (a fault of boomgen; -v shows where)", ERROR, verbose)
     except BaseException as err:
         if isinstance(err, KeyboardInterrupt) or type(err).__name__ == "Stopped":
-            return _complain(f"stopped ({str(err) or 'SIGINT'}); what is whole stays, go on with boomgen resume", STOPPED, False)
+            return _complain(
+                f"stopped ({str(err) or 'SIGINT'}); what is whole stays, go on with boomgen resume", STOPPED, False
+            )
         raise
 
 

@@ -34,7 +34,10 @@ def findings(out: Path) -> Iterator[Finding]:
     except BoomgenError as err:
         yield False, str(err)
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    yield True, "HF_HUB_OFFLINE=1: only cached hub models and data sets" if offline else "hub models are fetched as needed"
+    yield (
+        True,
+        "HF_HUB_OFFLINE=1: only cached hub models and data sets" if offline else "hub models are fetched as needed",
+    )
 
 
 def _writable(out: Path) -> Finding:

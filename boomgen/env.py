@@ -18,21 +18,21 @@ _DECIDING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni
 
 def cpu_flags() -> tuple[str, ...]:
     """The instruction sets of this CPU that numeric libraries choose their kernels by."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
-        return ()
-    found = next((line.split(":", 1)[1].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    found = _cpuinfo("flags", "Features").split()
     return tuple(flag for flag in _DECIDING_FLAGS if flag in found)
 
 
-def _cpu_name() -> str:
+def _cpuinfo(*names: str) -> str:
+    """The first of these entries in the kernel's description of the CPU, '' where there is none."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace").splitlines()
     except OSError:
-        lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return f"{platform.machine()} {name} ({' '.join(cpu_flags())})"
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(names)), "")
+
+
+def _cpu_name() -> str:
+    return f"{platform.machine()} {_cpuinfo('model name') or platform.processor()} ({' '.join(cpu_flags())})"
 
 
 def environment(device: str) -> dict[str, str]:
@@ -67,6 +67,7 @@ def difference(planned: dict[str, str], here: dict[str, str]) -> str:
 
 
 def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -78,7 +79,7 @@ def choose_device(launch: Launch) -> tuple[str, int]:
     """
     if launch.device == "cpu" and launch.gpus:
         raise UsageError(f"--device cpu with --gpus {launch.gpus}; use one of them")
-    if launch.device == "cpu":
+    if launch.device == "cpu" or (launch.device is None and launch.workers and not launch.gpus):
         return "cpu", launch.workers or cores()
     import torch
 
@@ -86,9 +87,7 @@ def choose_device(launch: Launch) -> tuple[str, int]:
     if (launch.gpus or launch.device == "cuda") and found < (launch.gpus or 1):
         instead = f"--gpus {found}" if found else f"--device cpu --workers {cores()}"
         raise UsageError(f"{launch.gpus or 1} GPUs asked for, found {found}; use {instead}")
-    if found and not (launch.workers and launch.device is None and not launch.gpus):
-        return "cuda", launch.gpus or found
-    return "cpu", launch.workers or cores()
+    return ("cuda", launch.gpus or found) if found else ("cpu", cores())
 
 
 def default_dtype(device: str) -> str:

@@ -1,4 +1,4 @@
-"""From whole shards to a data set that loads: hard links to the tars, a card, timm's index, the manifest in one place."""
+"""From whole shards to a data set that loads: hard links to the tars, a card, timm's index, one manifest."""
 
 import json
 import os
@@ -122,8 +122,9 @@ def timm_index(plan: Plan, files: dict[str, Any]) -> bytes:
 def card(run: RunDir, files: dict[str, Any]) -> str:
     """The README.md that makes `load_dataset` read the folder right, and tells people what it is."""
     plan = run.plan
-    split, rows, private = plan.source.split, sum(files["rows"].values()), plan.job.mode == "anonymize"
-    origin = plan.source.name if catalog.dataset(plan.source.name) else f"a {'private' if private else 'local'} data set"
+    split, rows = plan.source.split, sum(files["rows"].values())
+    unnamed = "a private data set" if plan.job.mode == "anonymize" else "a local data set"
+    origin = plan.source.name if catalog.dataset(plan.source.name) else unnamed
     head = {
         "license": "other",
         "license_name": plan.source.licence,

@@ -1,7 +1,7 @@
 """Between stored images and the model's pixels: decode, fit to the native size and back, encode."""
 
 import io
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -81,6 +81,7 @@ def fit(pixels: Pixels, size: int, how: str) -> tuple[Pixels, Box]:
 
 
 def unfit(pixels: Pixels, box: Box) -> Pixels:
+    """The content of a fitted image, without what `fit` added around it."""
     return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
 
 
@@ -92,12 +93,13 @@ def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
 
 
 def to_image(pixels: Pixels) -> Image.Image:
+    """Pixels as a grey or RGB picture."""
     return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
 
 
 def encode(pixels: Pixels, file_format: str) -> bytes:
     """The image as a png, webp (lossless) or jpg (quality 95) file; the same bytes for the same library versions."""
     out = io.BytesIO()
-    options = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(file_format, {})
+    options: dict[str, Any] = {"webp": {"lossless": True}, "jpg": {"quality": 95}}.get(file_format, {})
     to_image(np.ascontiguousarray(pixels)).save(out, "jpeg" if file_format == "jpg" else file_format, **options)
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""What the user asked for. Flags, YAML keys and help text are derived from these two models; each option is declared once.
+"""What the user asked for. Flags, YAML keys and help text are derived from these two models.
 
 `Job` decides the bytes that are written and is frozen into the plan. `Launch` says where and how the work is done;
 nothing in it changes a byte on devices of one class.
@@ -69,7 +69,9 @@ class Launch(_Options):
     device: Literal["cuda", "cpu"] | None = _option("kind of device (default: cuda where there is one)")
     gpus: int | None = _option("number of GPUs, one worker each (default: all)", ge=1)
     workers: int | None = _option("number of CPU workers (default: one per core)", ge=1)
-    secret_file: str | None = _option("file with the run's secret, 64 hexadecimal digits (anonymize; default: a new one)")
+    secret_file: str | None = _option(
+        "file with the run's secret, 64 hexadecimal digits (anonymize; default: a new one)"
+    )
     allow_mixed: bool = _option("accept devices of another class than the plan's; bytes may then differ", False)
 
 

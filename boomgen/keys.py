@@ -17,10 +17,12 @@ SECRET_BYTES = 32
 
 
 def new_secret() -> bytes:
+    """A fresh secret from the operating system."""
     return secrets.token_bytes(SECRET_BYTES)
 
 
 def secret_of_seed(seed: int) -> bytes:
+    """What stands in for the secret in a run whose links are public."""
     return hashlib.sha256(f"boomgen seed {seed}".encode()).digest()
 
 

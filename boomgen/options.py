@@ -20,7 +20,9 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f"{message}; see {self.prog} --help")
 
 
-def add_flags(parser: argparse.ArgumentParser, *models: type[BaseModel], leave_out: frozenset[str] = frozenset()) -> None:
+def add_flags(
+    parser: argparse.ArgumentParser, *models: type[BaseModel], leave_out: frozenset[str] = frozenset()
+) -> None:
     """One flag per field. Only given flags appear in the parsed namespace, so that they can win over a YAML file."""
     for model in models:
         group = parser.add_argument_group("what is made" if model is Job else "where it runs")
@@ -61,6 +63,7 @@ def given(namespace: argparse.Namespace) -> dict[str, Any]:
 
 
 def job_and_launch(values: dict[str, Any]) -> tuple[Job, Launch]:
+    """The two checked models of mixed options."""
     job, launch = split_options(values)
     return build(Job, job), build(Launch, launch)
 

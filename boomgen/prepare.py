@@ -1,5 +1,6 @@
 """From a job to a planned run folder: fill in every default, index the source, freeze the plan."""
 
+import contextlib
 import shutil
 import uuid
 from pathlib import Path
@@ -37,10 +38,13 @@ def resolve(job: Job) -> Resolved:
     preset = catalog.dataset(job.dataset)
     if job.mode == "anonymize" and (job.seed or job.variants > 1):
         what = "--seed" if job.seed else "--variants"
-        raise UsageError(f"{what} with anonymize; its randomness is a secret (--secret-file), and each image has one version")
+        raise UsageError(
+            f"{what} with anonymize; its randomness is a secret (--secret-file) and an image has one version"
+        )
     if job.mode == "augment" and job.linkage in ("private", "none"):
         raise UsageError(f"--linkage {job.linkage} with augment; its noise follows from a public seed, use anonymize")
-    return Resolved(_filled(job, preset), _location(job, preset), preset)
+    location = _location(job, preset)
+    return Resolved(_filled(job, preset), location, preset)
 
 
 def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
@@ -84,6 +88,7 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
 
 
 def default_out(job: Job) -> Path:
+    """runs/DATASET-MODE-T_BOOM, below the working folder."""
     name = Path(job.dataset).name.removesuffix(".tar")
     return Path("runs") / f"{name}-{job.mode}-{str(job.t_boom).replace('/', 'of')}"
 
@@ -101,6 +106,7 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no run folder; use another --out")
     device, _ = env.choose_device(launch)
+    made = _missing_parents(out)
     staging = out.parent / f".{out.name}.planning-{uuid.uuid4().hex[:8]}"
     try:
         staging.mkdir(parents=True, mode=0o700)
@@ -112,10 +118,18 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         raise UsageError(f"cannot write {out}: {err.strerror or err}; use another --out") from err
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        for folder in made:  # a failed plan leaves nothing behind
+            with contextlib.suppress(OSError):
+                folder.rmdir()
     return RunDir(out)
 
 
+def _missing_parents(out: Path) -> list[Path]:
+    return [folder for folder in out.absolute().parents if not folder.exists()]
+
+
 def reopen(out: Path, job: Job) -> RunDir:
+    """An existing run folder, if it was planned for this job."""
     run = RunDir(out)
     differences = ", ".join(differing(run.plan.job, job))
     if differences:
@@ -127,8 +141,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     job = resolved.job
     secret = _secret(job, launch)
     model = models.inspect(str(job.model))
-    hub = resolved.preset.hub if resolved.preset and resolved.preset.hub and resolved.location == resolved.preset.hub.id else None
-    columns = (hub.image_column, hub.label_column) if hub else (None, None)
+    columns = _columns(resolved)
     source = open_source(
         catalog.resolved(resolved.location), job.split, image_column=columns[0], label_column=columns[1]
     )
@@ -136,6 +149,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     labels = index.Index(folder / "index.parquet").label_counts()
     classes = _class_names(resolved, source.classes, labels)
     chain = _chain(job, model)
+    image_calls = rows * job.variants * chain.level
     plan = Plan(
         boomgen=__version__,
         job=job.model_copy(update={"split": source.split}),
@@ -154,7 +168,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
         ),
         model=model,
         chain=chain,
-        network=_network(folder, job, model, device, rows * job.variants * chain.level, models.class_map(model, classes)),
+        network=_network(folder, job, model, device, image_calls, models.class_map(model, classes)),
         shard_size=1,
         secret_commitment=keys.commitment(secret),
         environment=env.environment(device),
@@ -166,6 +180,12 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     if job.linkage == "public":
         folder.chmod(0o755)
     write_durable(folder / "plan.json", plan.to_bytes())
+
+
+def _columns(resolved: Resolved) -> tuple[str | None, str | None]:
+    """Image and label column, where the preset's own hub copy is read."""
+    hub = resolved.preset.hub if resolved.preset else None
+    return (hub.image_column, hub.label_column) if hub and hub.id == resolved.location else (None, None)
 
 
 def _secret(job: Job, launch: Launch) -> bytes:

@@ -55,6 +55,7 @@ def unseal(data: bytes) -> dict[str, Any]:
 
 
 def sha256_file(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -92,6 +93,7 @@ class ShardWriter:
     def __init__(self, shards: Path, staging: Path, number: int) -> None:
         self.number, self.final = number, shards / f"{number:05d}"
         self.folder = staging / f"{number:05d}-{uuid.uuid4().hex[:12]}"
+        shards.mkdir(exist_ok=True)
         self.folder.mkdir(parents=True)
         self._file: IO[bytes] = (self.folder / TAR).open("wb")
         self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115

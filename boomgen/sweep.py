@@ -2,7 +2,6 @@
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -18,30 +17,33 @@ MARGIN = 92
 
 def sweep(job: Job, launch: Launch, t_booms: list[str], out: Path) -> dict[str, str]:
     """Write the picture; per t_boom the abar and the rms distance to the source (pixels in [-1, 1])."""
-    from boomgen.worker import Worker
-
-    rows: list[tuple[str, list[Pixels]]] = []
+    lines: list[tuple[str, list[Pixels]]] = []
     table: dict[str, str] = {}
     for t_boom in t_booms:
         parse_t_boom(t_boom)
-        with tempfile.TemporaryDirectory() as folder:
-            alone: dict[str, Any] = {"t_boom": t_boom, "compile": "no", "batch_size": job.batch_size or job.limit}
-            run = prepare(job.model_copy(update=alone), launch.model_copy(update={"out": f"{folder}/run"}))
-            worker = Worker(run)
-            loaded = worker._load(worker.batches(0)[0])
-            pixels, _ = worker.sample(loaded)
-        loaded_by_source = sorted(range(len(loaded)), key=lambda i: loaded[i].row.source_row)
-        good = [i for i in loaded_by_source if loaded[i].pixels is not None]
-        sources = [loaded[i].pixels for i in good]
-        outputs = [pixels[i].numpy() for i in good]
-        rms = np.sqrt(np.mean((np.stack(outputs) / 127.5 - np.stack(sources) / 127.5) ** 2))  # type: ignore[arg-type]
-        level, levels = run.plan.chain.level, run.plan.chain.levels
-        table[f"t_boom {t_boom}"] = f"level {level}/{levels.count}, abar {levels.abar(level):.4f}, rms {rms:.3f}"
-        if not rows:
-            rows.append(("source", sources))  # type: ignore[arg-type]
-        rows.append((f"t_boom {t_boom}\nabar {levels.abar(level):.3f}", outputs))
-    _draw(rows).save(out)
+        abar, sources, outputs = _at(job.model_copy(update={"t_boom": t_boom}), launch)
+        rms = np.sqrt(np.mean(np.square((np.stack(outputs).astype(float) - np.stack(sources)) / 127.5)))
+        table[f"t_boom {t_boom}"] = f"abar {abar:.4f}, rms to source {rms:.3f}"
+        lines = lines or [("source", sources)]
+        lines.append((f"t_boom {t_boom}\nabar {abar:.3f}", outputs))
+    _draw(lines).save(out)
     return table
+
+
+def _at(job: Job, launch: Launch) -> tuple[float, list[Pixels], list[Pixels]]:
+    """abar, sources and outputs of a job that is one batch, in the order of the source."""
+    from boomgen.worker import Worker
+
+    with tempfile.TemporaryDirectory() as folder:
+        whole = job.model_copy(update={"compile": "no", "batch_size": job.batch_size or job.limit})
+        run = prepare(whole, launch.model_copy(update={"out": f"{folder}/run"}))
+        worker = Worker(run)
+        loaded = worker.load(worker.batches(0)[0])
+        outputs, _ = worker.sample(loaded)
+    pairs = [(item.row.source_row, item.pixels, outputs[i].numpy()) for i, item in enumerate(loaded)]
+    shown = sorted((pair for pair in pairs if pair[1] is not None), key=lambda pair: pair[0])
+    abar = run.plan.chain.levels.abar(run.plan.chain.level)
+    return abar, [source for _, source, _ in shown if source is not None], [output for _, _, output in shown]
 
 
 def _draw(rows: list[tuple[str, list[Pixels]]]) -> Image.Image:

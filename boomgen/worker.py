@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,7 +50,7 @@ class Made(NamedTuple):
 
 @dataclass
 class Clock:
-    """Seconds spent per kind of work; reading and writing overlap the network, so they may add up to more than the total."""
+    """Seconds per kind of work. Reading and writing overlap the network, so the sum may exceed the total."""
 
     spent: dict[str, float] = field(default_factory=lambda: {"read": 0.0, "infer": 0.0, "write": 0.0})
 
@@ -117,7 +116,7 @@ class Worker:
     def make_batch(self, number: int, batch: int) -> list[Made]:
         """One batch of a shard again, nothing written: the same rows in the same planned shape."""
         rows = self.batches(number)[batch]
-        return self._finish(self._load(rows), Clock())
+        return self._finish(self.load(rows), Clock())
 
     def batches(self, number: int) -> list[list[PlannedRow]]:
         rows = planned_rows(self.plan, self.index, self.secret, self.plan.positions(number))
@@ -127,12 +126,12 @@ class Worker:
     def _overlapped(self, number: int, clock: Clock, tick: Tick) -> Iterator[list[Made]]:
         """Batches in order; the next one is read and the last one encoded while the network runs."""
         batches = self.batches(number)
-        loading: Future[list[Loaded]] = self.pool.submit(clock.timed, "read", self._load, batches[0])
+        loading: Future[list[Loaded]] = self.pool.submit(clock.timed, "read", self.load, batches[0])
         encoding: Future[list[Made]] | None = None
         for following in [*batches[1:], None]:
             loaded = loading.result()
             if following is not None:
-                loading = self.pool.submit(clock.timed, "read", self._load, following)
+                loading = self.pool.submit(clock.timed, "read", self.load, following)
             outputs = clock.timed("infer", self.sample, loaded)
             if encoding is not None:
                 yield encoding.result()
@@ -144,7 +143,7 @@ class Worker:
     def _finish(self, loaded: list[Loaded], clock: Clock) -> list[Made]:
         return self._encode(loaded, clock.timed("infer", self.sample, loaded))
 
-    def _load(self, rows: Sequence[PlannedRow]) -> list[Loaded]:
+    def load(self, rows: Sequence[PlannedRow]) -> list[Loaded]:
         return [self._load_row(row) for row in rows]
 
     def _load_row(self, row: PlannedRow) -> Loaded:
@@ -198,7 +197,7 @@ class Worker:
         file = images.encode(pixels, self.plan.job.format)
         made = {
             "output_sha256": hashlib.sha256(file).hexdigest(),
-            "pixel_sha256": hashlib.sha256(pixels).hexdigest(),
+            "pixel_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
             "height": pixels.shape[0],
             "width": pixels.shape[1],
         }
@@ -241,8 +240,12 @@ class Worker:
         }
 
     def _members(self, entry: dict[str, Any], file: bytes) -> dict[str, bytes]:
-        """Tar members by extension. The json has one fixed set of keys, as loaders infer its type from the first samples."""
-        about = {"class_name": entry["class_name"], "t_boom": f"{entry['level']}/{entry['levels']}", "abar": entry["abar"]}
+        """Tar members by extension. The json always has the same keys: loaders infer a type from the first ones."""
+        about = {
+            "class_name": entry["class_name"],
+            "t_boom": f"{entry['level']}/{entry['levels']}",
+            "abar": entry["abar"],
+        }
         if self.plan.job.linkage == "public":
             about |= {name: entry[name] for name in ("source_key", "source_row", "variant")}
         members = {self.plan.job.format: file, "json": json.dumps(about, sort_keys=True).encode()}
@@ -271,9 +274,7 @@ class Worker:
 class NoiseAhead:
     """The noise of one batch, each reverse step's drawn in a thread while the network runs the step before."""
 
-    def __init__(
-        self, pool: ThreadPoolExecutor, noise_keys: list[bytes], shape: tuple[int, ...], device: str
-    ) -> None:
+    def __init__(self, pool: ThreadPoolExecutor, noise_keys: list[bytes], shape: tuple[int, ...], device: str) -> None:
         self.pool, self.noise_keys, self.shape, self.device = pool, noise_keys, shape, device
         self.ahead: tuple[int, Future[Any]] | None = None
 

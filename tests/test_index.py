@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -121,7 +120,7 @@ def test_what_cannot_be_indexed_is_one_line_and_leaves_no_file(tmp_path, rows, l
 def test_an_index_that_is_missing_or_broken(tmp_path):
     (tmp_path / "broken").write_bytes(b"PAR1")
     for name in ("broken", "missing"):
-        with pytest.raises(UsageError, match="is not readable.*plan again") as caught:
+        with pytest.raises(UsageError, match=r"is not readable.*plan again") as caught:
             Index(tmp_path / name)
         assert "\n" not in str(caught.value)
 
@@ -143,10 +142,7 @@ def test_one_position_alone_is_the_same_as_among_others():
 
 
 def test_the_order_is_pinned():
-    assert permuted(bytes(32), 1000, range(8)).tolist() == PINNED
-
-
-PINNED: list[int] = []
+    assert permuted(bytes(32), 1000, range(8)).tolist() == [621, 375, 794, 179, 473, 644, 443, 483]
 
 
 def test_the_order_looks_random():

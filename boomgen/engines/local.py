@@ -6,6 +6,7 @@ only shard numbers, so a shard made twice is harmless.
 """
 
 import collections
+import contextlib
 import json
 import os
 import selectors
@@ -52,10 +53,8 @@ class _Hand:
     def give(self, shard: int) -> None:
         assert self.process.stdin is not None
         self.shard = shard
-        try:
+        with contextlib.suppress(BrokenPipeError):  # its death is seen on the other pipe
             os.write(self.process.stdin.fileno(), f"{shard}\n".encode())
-        except BrokenPipeError:
-            pass  # its death is seen on the other pipe
 
     def events(self) -> list[Event] | None:
         """What it has said since; None once it has gone."""
@@ -91,7 +90,7 @@ class LocalEngine:
         """Make the shards in this order of hand-out; every event as it happens.
 
         Raises:
-            BoomgenError: no worker can start, or shards were set aside after ATTEMPTS failures (when all others are done).
+            BoomgenError: no worker can start; or, when all others are done, shards failed ATTEMPTS times.
         """
         queue = collections.deque(shards)
         aside: dict[int, str] = {}
@@ -204,7 +203,11 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
         say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
     else:
         seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
-        print(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}", file=sys.stderr, flush=True)
+        print(
+            f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}",
+            file=sys.stderr,
+            flush=True,
+        )
         say("done", shard, rows=record["rows"], ok=record["ok"])
 
 

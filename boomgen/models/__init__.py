@@ -7,14 +7,16 @@ family, pixel-space UNets; a new family is a module beside `pixel_unet.py`.
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import yaml
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
 from boomgen import catalog
 from boomgen.errors import BoomgenError, UsageError
+
+if TYPE_CHECKING:  # plans are read without torch
+    from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -22,16 +24,16 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 class Denoiser(Protocol):
     """A diffusion model as Boomerang needs it. States are fp32, shape (B, ...)."""
 
-    def encode(self, images: Tensor) -> Tensor:
+    def encode(self, images: "Tensor") -> "Tensor":
         """Images, uint8 (B, H, W, C), to the state in which noise is added."""
 
-    def decode(self, state: Tensor) -> Tensor:
+    def decode(self, state: "Tensor") -> "Tensor":
         """A state to images, uint8 (B, H, W, C)."""
 
-    def prepare(self, labels: Tensor) -> Tensor:
+    def prepare(self, labels: "Tensor") -> "Tensor":
         """Labels of the data set, int64 (B,), -1 for none, to the condition that `predict_x0` takes."""
 
-    def predict_x0(self, x: Tensor, k: int, condition: Tensor) -> Tensor:
+    def predict_x0(self, x: "Tensor", k: int, condition: "Tensor") -> "Tensor":
         """The predicted clean state at level k, clipped where the model clips."""
 
 
@@ -133,7 +135,9 @@ def inspect(name: str) -> ModelInfo:
         class_count=embeds - (null_class is not None),
         null_class=null_class,
         trained_steps=int(scheduler.get("num_train_timesteps", 1000)),
-        licence=str(own.get("licence") or (catalog.models()[name].licence if name in catalog.models() else "not stated")),
+        licence=str(
+            own.get("licence") or (catalog.models()[name].licence if name in catalog.models() else "not stated")
+        ),
     )
 
 

@@ -100,7 +100,7 @@ def load_compiled(package: Path) -> NetworkCall:
     """The compiled network; needs neither diffusers nor the model folder."""
     from torch._inductor import aoti_load_package
 
-    return aoti_load_package(str(package))  # type: ignore[no-any-return]
+    return aoti_load_package(str(package))
 
 
 def flops(info: ModelInfo, batch: int) -> int:

@@ -52,8 +52,9 @@ def _choose(root: Path, split: str | None) -> tuple[Path, str]:
     """The folder whose sub-folders are classes, and the split's name.
 
     Without a split asked, sub-folders are taken for splits only if all of them have such names: `train` beside
-    `airplane` and `car` is a class.
+    `airplane` and `car` is a class. Asking again for the split that was chosen chooses the same.
     """
+    split = None if split == NO_SPLIT else split
     if split is not None and (root / split).is_dir():
         return root / split, split
     names = [entry.name for entry in _entries(root) if _is_folder(entry) and _holds_images(entry)]

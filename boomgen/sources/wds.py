@@ -74,6 +74,7 @@ def _tars(place: Path) -> list[Path]:
 
 def _choose(tars: list[Path], split: str | None, place: Path) -> tuple[list[Path], str]:
     """The tars of one split, known by their names; all of them where no name tells a split."""
+    split = None if split == NO_SPLIT else split
     asked = [tar for tar in tars if tar.name.startswith(f"{split}-")]
     if split is not None and asked:
         return asked, split

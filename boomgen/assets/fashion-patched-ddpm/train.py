@@ -25,8 +25,8 @@ NULL_CLASS = 10
 
 def images_and_labels(data: Path) -> tuple[torch.Tensor, torch.Tensor]:
     """The 60,000 training images as (N, 4, 16, 16) floats in [-1, 1], and their labels."""
-    x = np.frombuffer(gzip.open(data / "train-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-    y = np.frombuffer(gzip.open(data / "train-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+    x = np.frombuffer(gzip.decompress((data / "train-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
+    y = np.frombuffer(gzip.decompress((data / "train-labels-idx1-ubyte.gz").read_bytes()), np.uint8, offset=8)
     x = np.pad(x.reshape(-1, 28, 28), ((0, 0), (2, 2), (2, 2)))
     images = torch.from_numpy(x).float().div_(127.5).sub_(1)[:, None]
     images = F.pixel_unshuffle(images, 2).contiguous(memory_format=torch.channels_last)
@@ -86,7 +86,8 @@ def train(data: Path, seconds: float, out: Path, init: Path | None, lr: float) -
                 kept.lerp_(new, 1 - decay)
         loss_mean = loss.item() if step == 1 else 0.98 * loss_mean + 0.02 * loss.item()
         if step % 100 == 0:
-            print(step, f"{time.time() - start:.0f} s, epoch {step * BATCH / len(x):.2f}, loss {loss_mean:.4f}", flush=True)
+            epoch = step * BATCH / len(x)
+            print(step, f"{time.time() - start:.0f} s, epoch {epoch:.2f}, loss {loss_mean:.4f}", flush=True)
         if step % 500 == 0:
             save(average, scheduler, out)
     save(average, scheduler, out)

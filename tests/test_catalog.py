@@ -1,0 +1,112 @@
+"""Named data sets and models."""
+
+import gzip
+from fractions import Fraction
+
+import pytest
+from pydantic import ValidationError
+
+from boomgen import catalog
+from boomgen.catalog import DataSet, dataset, datasets, models, shipped, suggest
+from boomgen.levels import parse_t_boom
+
+NAMES = [
+    "celeba-hq",
+    "cifar10",
+    "cifar100",
+    "fashion-mnist",
+    "fashion-sample",
+    "ffhq",
+    "imagenet",
+    "imagenet-200",
+    "lfw",
+    "tiny-imagenet",
+]
+
+
+def test_every_named_data_set_is_there_and_models_are_not_taken_for_one():
+    assert list(datasets()) == NAMES
+    assert all((shipped("manifests") / f"{name}.yaml").is_file() for name in NAMES)
+    assert dataset("cifar-10") is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_defaults_can_be_used(name):
+    found = datasets()[name]
+    t_boom, _ = parse_t_boom(found.t_boom)
+    assert Fraction(0) < t_boom < 1
+    assert "/" in found.model or found.model in models()
+    assert len(set(found.classes)) == len(found.classes)
+    assert found.hub or found.builtin or "--data-dir" in (found.note or "")
+    assert found.builtin is None or catalog.asset(found.builtin).is_dir()
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "t_boom", "hub"),
+    [
+        ("fashion-sample", "fashion-patched-ddpm", "0.4", None),
+        ("fashion-mnist", "fashion-patched-ddpm", "0.4", "zalando-datasets/fashion_mnist"),
+        ("cifar10", "google/ddpm-cifar10-32", "0.4", "uoft-cs/cifar10"),
+        ("imagenet", "facebook/DiT-XL-2-256", "0.3", "ILSVRC/imagenet-1k"),
+    ],
+)
+def test_what_a_name_means(name, model, t_boom, hub):
+    found = datasets()[name]
+    assert (found.model, found.t_boom, found.hub and found.hub.id) == (model, t_boom, hub)
+
+
+def test_labels_that_are_people_are_marked():
+    assert {name for name, found in datasets().items() if found.label_is_identity} == {"lfw", "celeba-hq"}
+
+
+@pytest.mark.parametrize("name", ["imagenet-200", "tiny-imagenet"])
+def test_the_200_classes_and_their_place_among_the_1000(name):
+    synsets = pytest.importorskip("timm.data").ImageNetInfo("imagenet-1k").label_names()
+    found = datasets()[name]
+    assert len(found.classes) == len(set(found.classes)) == 200
+    assert list(found.classes) == sorted(found.classes)
+    assert [synsets[i] for i in found.imagenet_classes] == list(found.classes)
+
+
+def test_presets_are_frozen_and_take_no_unknown_field():
+    with pytest.raises(ValidationError):
+        datasets()["cifar10"].t_boom = "0.5"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="licence_ulr"):
+        DataSet.model_validate({**datasets()["cifar10"].model_dump(), "licence_ulr": "x"})
+
+
+def test_the_models():
+    own = models()["fashion-patched-ddpm"]
+    assert (own.size, own.channels, own.classes) == (32, 1, 10)
+    assert catalog.asset(str(own.builtin)).joinpath("unet/config.json").is_file()
+    assert {model.family for model in models().values()} == {"pixel-unet"}
+    assert {name for name in models() if "/" in name} == {
+        f"google/ddpm-{kind}"
+        for kind in ("cifar10-32", "celebahq-256", "ema-celebahq-256", "church-256", "bedroom-256", "cat-256")
+    }
+
+
+def test_an_installed_wheel_is_looked_at_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(catalog, "PACKAGE", tmp_path / "boomgen")
+    assert shipped("jobs") == tmp_path / "jobs"
+    (tmp_path / "boomgen/_shipped/jobs").mkdir(parents=True)
+    assert shipped("jobs") == tmp_path / "boomgen/_shipped/jobs"
+    assert shipped("manifests") == tmp_path / "manifests"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("cifar-10", ", did you mean cifar10 or cifar100?"),
+        ("fashion-minst", ", did you mean fashion-mnist or fashion-sample?"),
+        ("zzz", ""),
+    ],
+)
+def test_near_misses(name, said):
+    assert suggest(name, datasets()) == said
+
+
+def test_the_embedded_sample_is_100_of_each_class():
+    data = gzip.decompress((catalog.asset("fashion-sample") / "t10k-labels-idx1-ubyte.gz").read_bytes())[8:]
+    assert [data.count(label) for label in range(10)] == [100] * 10
+    assert "Zalando" in (catalog.asset("fashion-sample") / "LICENSE").read_text()

@@ -1,0 +1,224 @@
+"""Hugging Face data sets as a source: saved, in Parquet, and on the Hub (a local server that answers as it does)."""
+
+import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import pytest
+from source_checks import listed, picture, refused
+
+from boomgen.errors import RowError
+from boomgen.sources import hf, open_source
+
+
+def table(count: int = 4, **columns):
+    import datasets
+
+    names = datasets.ClassLabel(names=["cat", "dog"])
+    features = {"n": datasets.Value("int64"), "image": datasets.Image(), "kind": names, "coarse": names}
+    rows = {
+        "n": list(range(count)),
+        "image": [{"bytes": picture(i), "path": f"{i}.png"} for i in range(count)],
+        "kind": [i % 2 for i in range(count)],
+        "coarse": [0] * count,
+    }
+    return datasets.Dataset.from_dict(rows | columns, features=datasets.Features(features))
+
+
+def test_a_saved_data_set(tmp_path):
+    table().save_to_disk(tmp_path)
+    source = open_source(str(tmp_path))
+    assert (source.kind, source.split, source.classes) == ("huggingface", "data", ("cat", "dog"))
+    assert listed(tmp_path) == [(f"data-{i:08d}", i % 2) for i in range(4)]
+    rows = list(source.rows())
+    assert rows[2] == ("data-00000002", "", 2, -1, 0)
+    assert [source.read(row) for row in rows] == [picture(i) for i in range(4)]
+    with pytest.raises(OSError, match="has 4 rows"):
+        source.read(rows[3]._replace(offset=4))
+
+
+def test_a_saved_data_set_of_chosen_rows_keeps_their_order(tmp_path):
+    table(6).select([5, 1, 2]).save_to_disk(tmp_path)
+    source = open_source(str(tmp_path))
+    assert [source.read(row) for row in source.rows()] == [picture(i) for i in (5, 1, 2)]
+    assert [row.label for row in source.rows()] == [1, 1, 0]
+
+
+def test_a_saved_dict_of_splits(tmp_path):
+    import datasets
+
+    datasets.DatasetDict(train=table(3), test=table(2)).save_to_disk(tmp_path)
+    assert open_source(str(tmp_path)).split == "train"
+    assert listed(tmp_path, "test") == [("test-00000000", 0), ("test-00000001", 1)]
+    assert "no split 'dev'; pass --split with one of train, test" in refused(tmp_path, "dev")
+
+
+def test_columns_can_be_chosen(tmp_path):
+    table().save_to_disk(tmp_path)
+    assert [row.label for row in open_source(str(tmp_path), label_column="coarse").rows()] == [0] * 4
+    numbers = open_source(str(tmp_path), label_column="n")
+    assert ([row.label for row in numbers.rows()], numbers.classes) == ([0, 1, 2, 3], ())
+    said = refused(tmp_path, image_column="kind")
+    assert "'kind' is not a column of images; pass --image-column with one of image (it has n, image, kind" in said
+    said = refused(tmp_path, label_column="image")
+    assert "'image' is not a column of labels; pass --label-column with one of kind, coarse, n" in said
+
+
+def test_labels_fall_back_to_integer_columns_and_then_to_none(tmp_path):
+    images = table().select_columns(["image"])
+    images.add_column("label", [5, None, 7, 8]).save_to_disk(tmp_path / "whole")
+    images.add_column("label", list("abcd")).save_to_disk(tmp_path / "text")
+    images.save_to_disk(tmp_path / "none")
+    assert [label for _, label in listed(tmp_path / "whole")] == [5, -1, 7, 8]
+    assert [label for _, label in listed(tmp_path / "text")] == [-1] * 4
+    assert [label for _, label in listed(tmp_path / "none")] == [-1] * 4
+
+
+def test_images_as_raw_bytes_and_as_paths(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_dict(
+        {"raw": [picture(1), picture(2)]}, features=datasets.Features(raw=datasets.Value("binary"))
+    )
+    data.save_to_disk(tmp_path / "raw")
+    assert "no column of images; pass --image-column with one of raw" in refused(tmp_path / "raw")
+    source = open_source(str(tmp_path / "raw"), image_column="raw")
+    assert [source.read(row) for row in source.rows()] == [picture(1), picture(2)]
+    (tmp_path / "a.png").write_bytes(picture(3))
+    on_disk = table(1, image=[{"bytes": None, "path": str(tmp_path / "a.png")}])
+    source = hf.Table(on_disk, "train", hf.Columns(), "here")
+    (row,) = source.rows()
+    assert source.read(row) == picture(3)
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(FileNotFoundError):
+        source.read(row)
+
+
+def test_an_empty_cell_is_a_failed_row(tmp_path):
+    table(2, image=[None, {"bytes": picture(1), "path": None}]).save_to_disk(tmp_path)
+    source = open_source(str(tmp_path))
+    empty, full = source.rows()
+    assert source.read(full) == picture(1)
+    with pytest.raises(RowError, match="undecodable: data-00000000 has no image in column 'image'"):
+        source.read(empty)
+
+
+def test_a_saved_data_set_that_lost_a_file(tmp_path):
+    table().save_to_disk(tmp_path)
+    next(tmp_path.glob("*.arrow")).unlink()
+    assert "is not readable" in refused(tmp_path)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def test_a_downloaded_copy_in_parquet(tmp_path, cache):
+    place = tmp_path / "copy"
+    (place / "data").mkdir(parents=True)
+    for split, count in (("train", 3), ("test", 2)):
+        table(count).to_parquet(place / "data" / f"{split}-00000-of-00001.parquet")
+    source = open_source(str(place))
+    assert (source.split, source.classes) == ("train", ("cat", "dog"))
+    assert [source.read(row) for row in source.rows()] == [picture(i) for i in range(3)]
+    assert listed(place, "test") == [("test-00000000", 0), ("test-00000001", 1)]
+    (place / "data" / "train-00000-of-00001.parquet").write_bytes(b"PAR1")
+    assert f"data set {place} does not load" in refused(place)
+
+
+# The Hub
+
+ANSWERS = {  # path: (status, X-Error-Code, body)
+    "/api/datasets/own/open": (200, "", {"id": "own/open", "sha": "c0ffee"}),
+    "/api/datasets/own/open/auth-check": (200, "", {}),
+    "/api/datasets/own/open/revision/v9": (404, "RevisionNotFound", {}),
+    "/api/datasets/own/gated": (200, "", {"id": "own/gated", "sha": "c0ffee"}),
+    "/api/datasets/own/gated/auth-check": (401, "GatedRepo", {}),
+    "/api/datasets/own/broken": (503, "", {}),
+}
+
+
+class Answer(BaseHTTPRequestHandler):
+    def do_GET(self):
+        status, code, body = ANSWERS.get(self.path.split("?")[0], (401, "RepoNotFound", {}))
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch, cache):
+    import datasets
+    from huggingface_hub import constants
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for module, name in ((constants, "ENDPOINT"), (datasets.config, "HF_ENDPOINT")):
+            monkeypatch.setattr(module, name, f"http://127.0.0.1:{server.server_port}")
+        yield
+        server.shutdown()
+
+
+def test_a_hub_data_set_is_loaded_at_its_commit(hub, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, revision: ["train", "test"])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, split, revision: asked.append((path, split, revision)) or table(3)
+    )
+    asked = []
+    source = open_source("own/open", "test")
+    assert asked == [("own/open", "test", "c0ffee")]
+    assert (source.revision, source.classes) == ("c0ffee", ("cat", "dog"))
+    assert [source.read(row) for row in source.rows()] == [picture(i) for i in range(3)]
+    assert "own/open: no split 'val'; pass --split with one of train, test" in refused("own/open", "val")
+
+
+@pytest.mark.parametrize(
+    ("repo", "revision", "said"),
+    [
+        (
+            "own/gated",
+            "",
+            "own/gated is gated; accept its terms at https://huggingface.co/datasets/own/gated and run `hf auth",
+        ),
+        (
+            "own/nothing",
+            "",
+            "own/nothing is neither a local path nor a data set on the Hugging Face Hub; check the name",
+        ),
+        ("own/open", "v9", "data set own/open has no revision 'v9'"),
+        ("own/broken", "", "the Hugging Face Hub refused data set own/broken"),
+        ("own/a--b", "", "the Hugging Face Hub refused data set own/a--b"),
+    ],
+)
+def test_what_the_hub_refuses(hub, repo, revision, said):
+    assert said in refused(repo, revision=revision or None)
+
+
+def test_an_unreachable_hub_fails_at_once(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    said = refused("own/open")
+    assert said.startswith("cannot reach the Hugging Face Hub for data set own/open (")
+    assert said.endswith("pass --data-dir with a local copy, or set HF_HUB_OFFLINE=1 if it is cached")
+
+
+def test_offline_and_not_cached(monkeypatch, cache):
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert "data set own/open does not load: " in (said := refused("own/open"))
+    assert "pass --data-dir with a local copy" in said
