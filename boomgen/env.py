@@ -7,7 +7,7 @@ class is refused.
 import os
 import platform
 import zlib
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 
 from boomgen.errors import UsageError
@@ -41,9 +41,9 @@ def environment(device: str) -> dict[str, str]:
 
     found = {
         "torch": torch.__version__,
-        "numpy": version("numpy"),
-        "pyarrow": version("pyarrow"),
-        "pillow": version("pillow"),
+        "numpy": metadata.version("numpy"),
+        "pyarrow": metadata.version("pyarrow"),
+        "pillow": metadata.version("pillow"),
         "zlib": zlib.ZLIB_RUNTIME_VERSION,
     }
     if device == "cuda":

@@ -1,0 +1,108 @@
+"""Small real things that many tests share: a model folder that diffusers saved, IDX files, planned runs."""
+
+import gzip
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from boomgen.job import Job, Launch
+from boomgen.prepare import prepare
+from boomgen.run import RunDir
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+TINY_ROWS = 100
+SECRET = bytes(range(32))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random class-conditional UNet for 8x8 grey images, as diffusers saves it."""
+    import torch
+    from diffusers import DDPMScheduler, UNet2DModel
+
+    folder = tmp_path_factory.mktemp("tiny-model")
+    torch.manual_seed(0)
+    UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        num_class_embeds=11,
+    ).save_pretrained(folder / "unet")
+    DDPMScheduler(variance_type="fixed_small").save_pretrained(folder / "scheduler")
+    (folder / "boomgen.yaml").write_text("null_class: 10\nlicence: Apache-2.0\n")
+    return folder
+
+
+def write_idx(folder: Path, images: np.ndarray, labels: np.ndarray, prefix: str = "train") -> Path:
+    """Images (N, H, W) uint8 and labels (N,) as IDX files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    head = b"\0\0\x08\x03" + b"".join(int(n).to_bytes(4, "big") for n in images.shape)
+    (folder / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(head + images.tobytes(), mtime=0))
+    head = b"\0\0\x08\x01" + len(labels).to_bytes(4, "big")
+    (folder / f"{prefix}-labels-idx1-ubyte.gz").write_bytes(
+        gzip.compress(head + labels.astype(np.uint8).tobytes(), mtime=0)
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """100 random 8x8 grey images of 10 classes, sorted by class."""
+    images = np.random.default_rng(0).integers(0, 256, (TINY_ROWS, 8, 8), np.uint8)
+    return write_idx(tmp_path_factory.mktemp("tiny-source"), images, np.repeat(np.arange(10), TINY_ROWS // 10))
+
+
+@pytest.fixture(scope="session")
+def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("secret") / "secret"
+    path.write_text(SECRET.hex() + "\n")
+    return path
+
+
+PlanTiny = Callable[..., RunDir]
+
+
+@pytest.fixture(scope="session")
+def plan_tiny(tiny_model: Path, tiny_source: Path, secret_file: Path) -> PlanTiny:
+    """Plan a run of the tiny model on the tiny images; keywords change the job. 7 shards of 16, batches of 8."""
+
+    def plan(out: Path, **changes: Any) -> RunDir:
+        options: dict[str, Any] = {
+            "mode": "anonymize",
+            "dataset": str(tiny_source),
+            "model": str(tiny_model),
+            "t_boom": "0.4",
+            "steps": 10,
+            "batch_size": 8,
+            "shard_size": 16,
+        }
+        job = Job(**(options | changes))
+        secret = str(secret_file) if job.mode == "anonymize" else None
+        return prepare(job, Launch(out=str(out), device="cpu", secret_file=secret))
+
+    return plan
+
+
+@pytest.fixture(scope="session")
+def boomgen() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a user does."""
+
+    def run(*args: Any, check: bool = True, **more: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "boomgen", *map(str, args)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, **more)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    return run
