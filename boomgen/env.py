@@ -51,7 +51,7 @@ def environment(device: str) -> dict[str, str]:
         return found | {
             "device": f"{torch.cuda.get_device_name()} (sm_{major}{minor})",
             "cuda": str(torch.version.cuda),
-            "cudnn": str(torch.backends.cudnn.version()),
+            "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
         }
     return found | {"device": _cpu_name(), "cpu_capability": torch.backends.cpu.get_cpu_capability()}
 

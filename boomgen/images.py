@@ -101,5 +101,7 @@ def encode(pixels: Pixels, file_format: str) -> bytes:
     """The image as a png, webp (lossless) or jpg (quality 95) file; the same bytes for the same library versions."""
     out = io.BytesIO()
     every: dict[str, dict[str, Any]] = {"webp": {"lossless": True}, "jpg": {"quality": 95}}
-    to_image(np.ascontiguousarray(pixels)).save(out, "jpeg" if file_format == "jpg" else file_format, **every.get(file_format, {}))
+    to_image(np.ascontiguousarray(pixels)).save(
+        out, "jpeg" if file_format == "jpg" else file_format, **every.get(file_format, {})
+    )
     return out.getvalue()

@@ -14,7 +14,7 @@ from boomgen.models import ModelInfo
 from boomgen.plan import ChainPlan, NetworkPlan, Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
-from boomgen.sources import open_source
+from boomgen.sources import HUB_ID, open_source
 from boomgen.sources.base import NO_LABEL
 
 COMPILE_PAYS_FROM = 60e12
@@ -79,8 +79,10 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
         return str(Path(job.dataset).resolve())
     if preset and preset.hub:
         return preset.hub.id
-    if job.dataset.count("/") == 1 and not job.dataset.startswith((".", "/")):
+    if HUB_ID.fullmatch(job.dataset):
         return job.dataset
+    if preset:
+        raise UsageError(f"{preset.name} is not on the Hugging Face Hub; {preset.note or 'pass --data-dir'}")
     raise UsageError(
         f"no data set {job.dataset!r}{catalog.suggest(job.dataset, catalog.datasets())}; expected a name "
         "(boomgen datasets), an existing folder or .tar, or owner/name on the Hugging Face Hub"
@@ -102,7 +104,7 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     resolved = resolve(job)
     out = Path(launch.out) if launch.out else default_out(resolved.job)
     if (out / "plan.json").exists():
-        return reopen(out, resolved.job)
+        return reopen(out, resolved)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no run folder; use another --out")
     device, _ = env.choose_device(launch)
@@ -128,12 +130,15 @@ def _missing_parents(out: Path) -> list[Path]:
     return [folder for folder in out.absolute().parents if not folder.exists()]
 
 
-def reopen(out: Path, job: Job) -> RunDir:
+def reopen(out: Path, resolved: Resolved) -> RunDir:
     """An existing run folder, if it was planned for this job."""
     run = RunDir(out)
-    differences = ", ".join(differing(run.plan.job, job))
+    planned, job = run.plan.job, resolved.job
+    differences = list(differing(planned, job.model_copy(update={"split": job.split or planned.split})))
+    if run.plan.source.location != resolved.location:
+        differences.append(f"source {run.plan.source.location} (now {resolved.location})")
     if differences:
-        raise UsageError(f"{out} was planned with {differences}; use another --out, or boomgen resume {out}")
+        raise UsageError(f"{out} was planned with {', '.join(differences)}; use another --out, or boomgen resume {out}")
     return run
 
 
@@ -141,9 +146,15 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     job = resolved.job
     secret = _secret(job, launch)
     model = models.inspect(str(job.model))
-    columns = _columns(resolved)
+    preset_hub = resolved.preset.hub if resolved.preset else None
+    hub = preset_hub if preset_hub and preset_hub.id == resolved.location else None
+    columns = (hub.image_column, hub.label_column) if hub else (None, None)
     source = open_source(
-        catalog.resolved(resolved.location), job.split, image_column=columns[0], label_column=columns[1]
+        catalog.resolved(resolved.location),
+        job.split,
+        image_column=columns[0],
+        label_column=columns[1],
+        revision=hub.revision if hub else None,
     )
     rows = index.build(source, folder / "index.parquet", job.limit)
     labels = index.Index(folder / "index.parquet").label_counts()
@@ -180,12 +191,6 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     if job.linkage == "public":
         folder.chmod(0o755)
     write_durable(folder / "plan.json", plan.to_bytes())
-
-
-def _columns(resolved: Resolved) -> tuple[str | None, str | None]:
-    """Image and label column, where the preset's own hub copy is read."""
-    hub = resolved.preset.hub if resolved.preset else None
-    return (hub.image_column, hub.label_column) if hub and hub.id == resolved.location else (None, None)
 
 
 def _secret(job: Job, launch: Launch) -> bytes:

@@ -73,7 +73,7 @@ def images(seed, batch=4, shape=(3, 8, 8)):
 
 # -------------------------------------------------------------------------------- closed form: Gaussian data N(0, v)
 
-N = 200_000
+N = 100_000
 V = 0.4
 
 
@@ -108,22 +108,43 @@ def monte_carlo(levels, k, eta, v):
     return x0[0].double().numpy(), x[0].double().numpy()
 
 
+def rho(levels: Levels, k: int) -> float:
+    """corr(x0, x_k)^2 of Gaussian data, a^2 v / (a^2 v + s^2)."""
+    return float(levels.a[k] ** 2 * V / (levels.a[k] ** 2 * V + levels.s[k] ** 2))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("fraction", [Fraction(1, 5), Fraction(1, 2), Fraction(4, 5)])
+@pytest.mark.parametrize("k", [100, 300, 500])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_correlation_in_closed_form(family, fraction, eta):
-    """corr(x0, x0') = rho at eta = 1, sqrt(rho) at eta = 0, and rho^((1 + eta^2) / 2) between (FastDPM's kappa);
-    rho = a^2 v / (a^2 v + s^2). The samples keep the distribution of the data.
+def test_correlation_in_closed_form(family, k, eta):
+    """corr(x0, x0') = rho at eta = 1, sqrt(rho) at eta = 0, and rho^((1 + eta^2) / 2) between (FastDPM's kappa); and
+    the samples keep the distribution of the data.
 
     In the variable x / sqrt(a^2 v + s^2) a fine chain is an Ornstein-Uhlenbeck process of rate eta^2 / 2 in log rho,
     started at correlation sqrt(rho).
     """
-    levels = FAMILIES[family](250)
-    k = levels.level(fraction)
-    rho = levels.a[k] ** 2 * V / (levels.a[k] ** 2 * V + levels.s[k] ** 2)
+    levels = FAMILIES[family](1000)
     x0, x = monte_carlo(levels, k, eta, V)
-    assert np.corrcoef(x0, x)[0, 1] == pytest.approx(rho ** ((1 + eta**2) / 2), abs=0.01)
-    assert x.std() / x0.std() == pytest.approx(1, abs=0.02)
+    assert np.corrcoef(x0, x)[0, 1] == pytest.approx(rho(levels, k) ** ((1 + eta**2) / 2), abs=0.01)
+    assert x.std() / x0.std() == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_chains_converge_to_the_closed_form(family, fraction, eta):
+    """Twice the steps, half the error, of the correlation and of the variance: the step is of first order."""
+    errors = []
+    for steps in (250, 500, 1000):
+        levels = FAMILIES[family](steps)
+        k = round(fraction * steps)
+        slope, variance = exact_law(levels, k, eta, V)
+        total = slope**2 * V + variance
+        errors.append([slope * math.sqrt(V / total) - rho(levels, k) ** ((1 + eta**2) / 2), total / V - 1])
+    (corr, _, last), (spread, _, narrow) = np.abs(errors).T
+    assert max(last, narrow) < 0.015
+    assert spread / 5 < narrow < spread / 3.4
+    assert last < 1e-12 if eta == 0 else corr / 5 < last < max(corr / 3.4, 1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -153,17 +174,20 @@ def test_a_deterministic_reverse_is_more_local(family):
 def test_variants_of_one_source_spread_with_the_noise(family):
     """Eq. 7 of the paper: the variance over variants of ONE image grows with 1 - abar; here it is v (1 - rho^2),
     around the mean rho x0. 50 variants, keyed as the package keys them, of one image of 4096 pixels."""
-    levels = FAMILIES[family](250)
+    levels = FAMILIES[family](100)
     source = math.sqrt(V) * torch.from_numpy(normal([KEYS[0]], Stream.FORWARD, 0, (4096,)))
     keys = [noise_key(b"s" * 32, "one image", variant) for variant in range(50)]
     spreads, powers = [], []
-    for k in (25, 75, 125, 175, 225):
-        x = boomerang(source.expand(50, -1), k, levels, gaussian(levels, V), Noise(keys, (4096,)))
-        x = x.double().numpy()
-        rho = levels.a[k] ** 2 * V / (levels.a[k] ** 2 * V + levels.s[k] ** 2)
-        assert x.var(axis=0, ddof=1).mean() == pytest.approx(V * (1 - rho**2), rel=0.02, abs=2e-4)
-        assert np.polyfit(source[0].numpy(), x.mean(axis=0), 1)[0] == pytest.approx(rho, abs=0.01)
-        spreads.append(x.var(axis=0, ddof=1).mean())
+    for k in (5, 20, 35, 50, 65):
+        x = boomerang(source.expand(50, -1), k, levels, gaussian(levels, V), Noise(keys, (4096,))).double().numpy()
+        slope, variance = exact_law(levels, k, 1.0, V)
+        spread = x.var(axis=0, ddof=1).mean()
+        assert spread == pytest.approx(variance, rel=4 * math.sqrt(2 / (49 * 4096)))
+        assert spread == pytest.approx(V * (1 - rho(levels, k) ** 2), rel=0.11)
+        line = np.polyfit(source[0].numpy(), x.mean(axis=0), 1)[0]
+        assert line == pytest.approx(slope, abs=4 * math.sqrt(variance / V / 50 / 4096))
+        assert line == pytest.approx(rho(levels, k), abs=0.02)
+        spreads.append(spread)
         powers.append(1 - levels.abar(k))
     assert (np.diff(powers) > 0).all()
     assert (np.diff(spreads) > 0).all()
@@ -171,18 +195,12 @@ def test_variants_of_one_source_spread_with_the_noise(family):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_families_are_one_chain_in_other_units(eta):
-    """At equal signal-to-noise, VP, VE and flow levels give the same sample of the same denoiser: x / a is theirs all."""
+    """At equal signal-to-noise VP, VE and flow levels give the same sample of the same denoiser, seen as x / a."""
     vp = respaced(ABAR, spaced(1000, 50))
     sigma = vp.s[1:] / vp.a[1:]
-    units = {
-        "vp": (vp, vp.a),
-        "ve": (variance_exploding(sigma), np.ones(51)),
-        "flow": (flow(sigma / (1 + sigma)), None),
-    }
     samples = []
-    for levels, a in units.values():
-        a = 1 - levels.s if a is None else a
-        predict = lambda x, k, a=a: torch.tanh(x.roll(1, -1) / float(a[k]) / float(1 + sigma[k - 1]))  # noqa: E731
+    for levels in (vp, variance_exploding(sigma), flow(sigma / (1 + sigma))):
+        predict = lambda x, k, a=levels.a: torch.tanh(x.roll(1, -1) / float(a[k] * (1 + sigma[k - 1])))  # noqa: E731
         samples.append(boomerang(images(0), 30, levels, predict, Noise(KEYS, (3, 8, 8)), eta))
     assert torch.allclose(samples[0], samples[1], atol=2e-5)
     assert torch.allclose(samples[0], samples[2], atol=2e-5)
@@ -225,7 +243,7 @@ def respaced_betas(levels):
 
 
 def draws(noise, k):
-    """What a scheduler's own draws are to return: z of level k - 1, ..., and level 0's, which may not have an effect."""
+    """What the scheduler's own draws return: z of level k - 1, ..., and level 0's, which is to have no effect."""
     return iter([noise(Stream.STEP, u) for u in range(k - 1, -1, -1)])
 
 
@@ -406,13 +424,13 @@ def test_forward_is_equation_3(family):
 # ------------------------------------------------------------------------------------------- neighbour independence
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_a_row_does_not_depend_on_its_neighbours(dtype):
-    """A real network at one batch shape: alone in a padded batch, in a full one, moved, on one thread or two: the same
-    bits (promise 1; notes, section 9). The state stays fp32 around a half-precision network."""
+@pytest.fixture(scope="module", params=[(torch.float32, 32), (torch.bfloat16, 8)], ids=["fp32", "bf16"])
+def rows_of(request):
+    """Run the named rows, where None is padding, as one batch of a real network in fp32 or bf16."""
+    dtype, size = request.param
     torch.manual_seed(1)
     unet = UNet2DModel(
-        sample_size=32,
+        sample_size=size,
         layers_per_block=1,
         block_out_channels=(16, 32),
         norm_num_groups=8,
@@ -421,25 +439,53 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype):
     )
     unet = unet.eval().to(dtype)
     levels = respaced(ABAR, spaced(1000, 10))
+    shape = (3, size, size)
+    sources = images(5, 4, shape)
 
     def eps(x, t):
         with torch.inference_mode():
             return unet(x.to(dtype), torch.tensor(float(t))).sample.float()
 
-    sources = images(5, 4, (3, 32, 32))
-    padding, pad_key = torch.zeros(3, 32, 32), bytes(16)
-
     def run(rows):
-        """The named rows, where None is padding, as one batch."""
-        x0 = torch.stack([padding if row is None else sources[row] for row in rows])
-        keys = [pad_key if row is None else KEYS[row] for row in rows]
-        return boomerang(x0, 4, levels, predictor(eps, levels, clip=True), Noise(keys, (3, 32, 32)))
+        x0 = torch.stack([torch.zeros(shape) if row is None else sources[row] for row in rows])
+        keys = [bytes(16) if row is None else KEYS[row] for row in rows]
+        return boomerang(x0, 4, levels, predictor(eps, levels, clip=True), Noise(keys, shape))
 
-    full = run([0, 1, 2, 3])
+    return run
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_does_not_depend_on_its_neighbours(rows_of, threads):
+    """At one batch shape: alone in a padded batch, in a full one, moved, repeated: the same bits (promise 1; notes,
+    section 9). The state stays fp32 around a half-precision network."""
+    torch.set_num_threads(threads)
+    full = rows_of([0, 1, 2, 3])
     assert full.dtype == torch.float32
     assert len({image.numpy().tobytes() for image in full}) == 4
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for rows in ([0, 1, 2, 3], [2, 0, 3, 1], [2, None, None, None], [None, None, None, 2], [2, 2, 1, None]):
-            for row, image in zip(rows, run(rows), strict=True):
-                assert row is None or torch.equal(image, full[row]), f"{row} in {rows} on {threads} threads"
+    for rows in ([0, 1, 2, 3], [2, 0, 3, 1], [2, None, None, None], [None, None, None, 2], [2, 2, 1, None]):
+        for row, image in zip(rows, rows_of(rows), strict=True):
+            assert row is None or torch.equal(image, full[row]), f"row {row} in {rows}"
+
+
+def on_threads(rows_of, threads):
+    torch.set_num_threads(threads)
+    return rows_of([0, 1, 2, 3])
+
+
+def test_more_than_one_thread_are_all_the_same(rows_of):
+    """Two, three or four threads give the same bits; one thread gives nearly the same."""
+    one, two, three, four = (on_threads(rows_of, threads) for threads in (1, 2, 3, 4))
+    assert torch.equal(two, three)
+    assert torch.equal(two, four)
+    assert torch.allclose(one, two, atol=1e-3)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    reason="torch runs a 1x1 convolution (fp32, batch < 16) by another kernel on one thread than on several: "
+    "so the number of threads belongs into the plan or the environment class",
+)
+@pytest.mark.parametrize("rows_of", [(torch.float32, 32)], indirect=True, ids=["fp32"])
+def test_defect_of_promise_1_one_thread_gives_other_bits_than_two(rows_of):
+    """DESIGN.md promises the same bytes whatever the thread count."""
+    assert torch.equal(on_threads(rows_of, 1), on_threads(rows_of, 2))

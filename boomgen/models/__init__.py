@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from boomgen import catalog
 from boomgen.errors import BoomgenError, UsageError
+from boomgen.sources import HUB_ID
 
 if TYPE_CHECKING:  # plans are read without torch
     from torch import Tensor
@@ -70,7 +71,7 @@ def locate(name: str) -> tuple[Path, str]:
         return catalog.asset(preset.builtin), f"builtin:{preset.builtin}"
     if Path(name).is_dir():
         return Path(name).resolve(), str(Path(name).resolve())
-    if name.count("/") == 1 and not name.startswith((".", "/")):
+    if HUB_ID.fullmatch(name):
         folder = _download(name)
         return folder, str(folder)
     raise UsageError(

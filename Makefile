@@ -1,0 +1,28 @@
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test check slow clean
+
+demo: .venv/ready
+	$(BIN)/boomgen anonymize --dataset fashion-sample --t-boom 0.4 --out runs/demo
+	$(BIN)/boomgen sweep --dataset fashion-sample --levels 0.2,0.4,0.6,0.8 --out runs/demo/picture.png
+
+test: .venv/ready
+	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
+
+slow: .venv/ready
+	$(BIN)/pytest -n 2 -m slow
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "boomgen needs Python 3.11 or newer; make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv dist runs
