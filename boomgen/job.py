@@ -87,7 +87,7 @@ def build(model: type[T], values: dict[str, Any]) -> T:
     try:
         return model.model_validate(values)
     except ValidationError as err:
-        first = err.errors()[0]
+        first = min(err.errors(), key=lambda error: error["type"] == "missing")
         name = "--" + ".".join(str(part) for part in first["loc"]).replace("_", "-")
         if first["type"] == "missing":
             raise UsageError(f"{name} is missing; say which one to use, as {name} NAME") from err

@@ -1,6 +1,7 @@
 """Command-line flags and YAML keys, derived from Job and Launch: each option is declared there, once."""
 
 import argparse
+import functools
 import types
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -15,6 +16,10 @@ from boomgen.job import Job, Launch, build, split_options
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UsageErrors, one line each."""
+
+    def __init__(self, **options: Any) -> None:
+        layout = functools.partial(argparse.HelpFormatter, max_help_position=28)
+        super().__init__(**{"formatter_class": layout} | options)
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message}; see {self.prog} --help")

@@ -133,18 +133,20 @@ def test_correlation_in_closed_form(family, k, eta):
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_chains_converge_to_the_closed_form(family, fraction, eta):
-    """Twice the steps, half the error, of the correlation and of the variance: the step is of first order."""
+    """Twice the steps, half the error: in the correlation, in var(x0') = v and in var(x0' | x0) = v (1 - corr^2)."""
     errors = []
     for steps in (250, 500, 1000):
         levels = FAMILIES[family](steps)
         k = round(fraction * steps)
         slope, variance = exact_law(levels, k, eta, V)
         total = slope**2 * V + variance
-        errors.append([slope * math.sqrt(V / total) - rho(levels, k) ** ((1 + eta**2) / 2), total / V - 1])
-    (corr, _, last), (spread, _, narrow) = np.abs(errors).T
-    assert max(last, narrow) < 0.015
-    assert spread / 5 < narrow < spread / 3.4
-    assert last < 1e-12 if eta == 0 else corr / 5 < last < max(corr / 3.4, 1e-5)
+        corr = rho(levels, k) ** ((1 + eta**2) / 2)
+        errors.append([slope * math.sqrt(V / total) - corr, total / V - 1, variance / V - (1 - corr**2)])
+    coarse, fine, finest = np.abs(errors)
+    assert (finest < 0.015).all()
+    floor = 5e-4  # the jump from level 1 to 0, which VE chains of any length share
+    assert (fine <= np.maximum(0.6 * coarse, floor)).all()
+    assert (finest <= np.maximum(0.6 * fine, floor)).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,7 +185,7 @@ def test_variants_of_one_source_spread_with_the_noise(family):
         slope, variance = exact_law(levels, k, 1.0, V)
         spread = x.var(axis=0, ddof=1).mean()
         assert spread == pytest.approx(variance, rel=4 * math.sqrt(2 / (49 * 4096)))
-        assert spread == pytest.approx(V * (1 - rho(levels, k) ** 2), rel=0.11)
+        assert spread == pytest.approx(V * (1 - rho(levels, k) ** 2), abs=0.07 * V)
         line = np.polyfit(source[0].numpy(), x.mean(axis=0), 1)[0]
         assert line == pytest.approx(slope, abs=4 * math.sqrt(variance / V / 50 / 4096))
         assert line == pytest.approx(rho(levels, k), abs=0.02)
@@ -454,38 +456,64 @@ def rows_of(request):
     return run
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_does_not_depend_on_its_neighbours(rows_of, threads):
-    """At one batch shape: alone in a padded batch, in a full one, moved, repeated: the same bits (promise 1; notes,
+ROWS = {  # a batch of each size, and others of that size which hold row 2 alone, moved, repeated
+    3: ([0, 1, 2], [2, None, None], [1, 2, 0], [None, 2, 2]),
+    4: ([0, 1, 2, 3], [2, 0, 3, 1], [2, None, None, None], [None, None, None, 2], [2, 2, 1, None]),
+    6: ([0, 1, 2, 3, 1, 0], [2, None, None, None, None, None], [3, 0, 1, None, 2, 2]),
+}
+
+
+@pytest.mark.parametrize(("threads", "batch"), [(1, 3), (1, 4), (1, 6), (2, 4)])
+def test_a_row_does_not_depend_on_its_neighbours(rows_of, threads, batch):
+    """At one batch shape, alone in a padded batch, in a full one, moved, repeated: the same bits (promise 1; notes,
     section 9). The state stays fp32 around a half-precision network."""
     torch.set_num_threads(threads)
-    full = rows_of([0, 1, 2, 3])
-    assert full.dtype == torch.float32
-    assert len({image.numpy().tobytes() for image in full}) == 4
-    for rows in ([0, 1, 2, 3], [2, 0, 3, 1], [2, None, None, None], [None, None, None, 2], [2, 2, 1, None]):
-        for row, image in zip(rows, rows_of(rows), strict=True):
-            assert row is None or torch.equal(image, full[row]), f"row {row} in {rows}"
+    seen = {}
+    for rows in ROWS[batch]:
+        result = rows_of(rows)
+        assert result.dtype == torch.float32
+        for row, image in zip(rows, result, strict=True):
+            seen.setdefault(row, []).append(image.numpy().tobytes())
+    assert all(len(set(images)) == 1 for row, images in seen.items() if row is not None)
+    assert len({images[0] for images in seen.values()}) == len(seen), "different rows differ"
 
 
-def on_threads(rows_of, threads):
-    torch.set_num_threads(threads)
-    return rows_of([0, 1, 2, 3])
+def test_threads_change_little(rows_of):
+    """What does hold for any number of threads: the samples are the same to 1e-3 after four steps."""
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(rows_of([0, 1, 2, 3]))
+    assert max((result - results[0]).abs().max() for result in results) < 1e-3
 
 
-def test_more_than_one_thread_are_all_the_same(rows_of):
-    """Two, three or four threads give the same bits; one thread gives nearly the same."""
-    one, two, three, four = (on_threads(rows_of, threads) for threads in (1, 2, 3, 4))
-    assert torch.equal(two, three)
-    assert torch.equal(two, four)
-    assert torch.allclose(one, two, atol=1e-3)
+only_fp32 = pytest.mark.parametrize("rows_of", [(torch.float32, 32)], indirect=True, ids=["fp32"])
 
 
+@only_fp32
 @pytest.mark.xfail(
     strict=True,
-    reason="torch runs a 1x1 convolution (fp32, batch < 16) by another kernel on one thread than on several: "
-    "so the number of threads belongs into the plan or the environment class",
+    reason="torch runs a 1x1 convolution (fp32, batch < 16) by other kernels on one thread than on several: the thread "
+    "count must be fixed by the plan or be part of the environment class",
 )
-@pytest.mark.parametrize("rows_of", [(torch.float32, 32)], indirect=True, ids=["fp32"])
-def test_defect_of_promise_1_one_thread_gives_other_bits_than_two(rows_of):
+def test_defect_of_promise_1_two_threads_give_other_bits_than_one(rows_of):
     """DESIGN.md promises the same bytes whatever the thread count."""
-    assert torch.equal(on_threads(rows_of, 1), on_threads(rows_of, 2))
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(rows_of([0, 1, 2, 3]))
+    assert torch.equal(*results)
+
+
+@only_fp32
+@pytest.mark.xfail(
+    strict=True,
+    reason="three threads cut SiLU's elements at places that are no multiple of the vector width; the scalar rest of a "
+    "cut has other last bits. One thread per CPU worker avoids it",
+)
+def test_defect_of_promise_1_on_three_threads_a_row_depends_on_its_place(rows_of):
+    """DESIGN.md: 'a sample's result does not depend on its neighbours, position or threads'."""
+    torch.set_num_threads(3)
+    first, *others = rows_of([2, 2, 2, 2])
+    # the same source and noise in all four places
+    assert all(torch.equal(first, other) for other in others)
