@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -26,9 +27,10 @@ def run(job: Job, launch: Launch | None = None) -> RunDir:
         BoomgenError: one line on what stopped it; the run folder stays resumable.
     """
     launch = launch or Launch()
-    env.choose_device(launch)
-    run_dir = prepare(job, launch)
-    resume(run_dir, launch)
+    with _signals():
+        env.choose_device(launch)
+        run_dir = prepare(job, launch)
+        resume(run_dir, launch)
     return run_dir
 
 
@@ -37,15 +39,21 @@ def resume(run: RunDir, launch: Launch) -> Status:
     status = run.status()
     if status.finalised and not status.missing:
         return status
-    if status.missing:
-        kind, workers = env.choose_device(launch.model_copy(update=_as_planned(run, launch)))
-        devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
-        threads = int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, env.cores() // workers)
-        engine = LocalEngine(run, devices, threads, launch.allow_mixed)
-        with _signals(), _closing(engine.run(status.missing)) as events:
-            show(run.plan, status.missing, events)
-    finalise(run)
+    with _signals():
+        if status.missing:
+            _make(run, launch, status.missing)
+        finalise(run)
     return run.status()
+
+
+def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
+    kind, workers = env.choose_device(launch.model_copy(update=_as_planned(run, launch)))
+    devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(asked) if asked.isdecimal() else max(1, env.cores() // workers)
+    engine = LocalEngine(run, devices, threads, launch.allow_mixed)
+    with _closing(engine.run(missing)) as events:
+        show(run.plan, missing, events)
 
 
 def _as_planned(run: RunDir, launch: Launch) -> dict[str, str]:
@@ -62,7 +70,10 @@ def _closing(events: Iterator[Event]) -> Iterator[Iterator[Event]]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM as an orderly stop."""
+    """SIGINT and SIGTERM as an orderly stop, where signals arrive: in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from boomgen import __version__, catalog, manifest
+from boomgen import catalog, manifest
 from boomgen.errors import BoomgenError
 from boomgen.plan import Plan
 from boomgen.run import RunDir, ranges
@@ -29,13 +29,13 @@ def finalise(run: RunDir) -> None:
             f"{len(missing)} of {run.plan.shards} shards are missing ({ranges(missing)}); go on with: "
             f"boomgen resume {run.path}"
         )
-    if run.plan.job.linkage == "none":
-        _destroy_links(run)
     files = dataset_files(run)
     if not files["tars"]:
         raise BoomgenError(f"not one of {run.plan.rows} rows is ok; see the reasons with boomgen status {run.path}")
-    _place(run, run.dataset, _dataset_links(run, files), _dataset_texts(run, files))
+    if run.plan.job.linkage == "none":
+        _destroy_links(run)
     _place(run, run.manifest, {f"part-{n:05d}.parquet": run.shard(n) / PART for n in range(run.plan.shards)}, {})
+    _place(run, run.dataset, _dataset_links(run, files), _dataset_texts(run, files))  # last: it says "closed"
     shutil.rmtree(run.staging, ignore_errors=True)
 
 
@@ -65,47 +65,63 @@ def _place(run: RunDir, folder: Path, links: dict[str, Path], texts: dict[str, b
     """Make a folder appear whole. One that is there already is left alone."""
     if folder.exists():
         return
-    staging = run.path / f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    staging = run.staging / f"{folder.name}-{uuid.uuid4().hex[:8]}"
     try:
         for name, origin in links.items():
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
             _link(origin, staging / name)
         for name, data in texts.items():
             write_durable(staging / name, data)
-        sync(staging)
+        for inside in {(staging / name).parent for name in links} | {staging}:
+            sync(inside)
         staging.rename(folder)
-        sync(run.path)
-    except FileExistsError:
-        pass  # another finalise was first
+    except OSError:
+        if not folder.exists():  # if it does, another finalise was first
+            raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    sync(run.path)
 
 
 def _link(origin: Path, target: Path) -> None:
     try:
         os.link(origin, target)
-    except PermissionError:  # file systems without hard links
+    except OSError:  # file systems without hard links
         shutil.copyfile(origin, target)
         sync(target)
 
 
 def _destroy_links(run: RunDir) -> None:
-    """`--linkage none`: drop the linking columns of every part, then the index, and last the secret."""
+    """`--linkage none`: the linking columns of every part, what workers left and said, the index, last the secret."""
     for number in range(run.plan.shards):
-        record, part = run.done(number), run.shard(number) / PART
-        table = pq.read_table(part)
-        unlinked = manifest.unlinked(table)
-        if table.column_names != unlinked.column_names:
-            partial = part.with_name(f".{PART}")
-            pq.write_table(unlinked, partial, compression="zstd")
-            sync(partial)
-            partial.replace(part)
-        now = {"sha256": sha256_file(part), "bytes": part.stat().st_size}
-        if record["files"][PART] != now:  # also where a kill came between part and record
-            write_durable(run.shard(number) / DONE, sealed({**record, "files": {**record["files"], PART: now}}))
+        _unlink_part(run, number)
+    for folder in (run.staging, run.logs):  # a log may name the source that a shard failed on
+        if folder.exists():
+            shutil.rmtree(folder)
     for name in ("index.parquet", "secret"):
         (run.path / name).unlink(missing_ok=True)
     sync(run.path)
+
+
+def _unlink_part(run: RunDir, number: int) -> None:
+    """The record first, then the part: a kill between them leaves a new part beside the old that the record knows."""
+    record, part = run.done(number), run.shard(number) / PART
+    known, new = record["files"][PART]["sha256"], part.with_name(f".{PART}")
+    if part.exists() and sha256_file(part) == known:
+        table = pq.ParquetFile(part).read()
+        unlinked = manifest.unlinked(table)
+        if table.column_names == unlinked.column_names:
+            return
+        pq.write_table(unlinked, new, compression="zstd")
+        sync(new)
+        files = record["files"] | {PART: {"sha256": sha256_file(new), "bytes": new.stat().st_size}}
+        write_durable(run.shard(number) / DONE, sealed({**record, "files": files}))
+    elif not new.exists() or sha256_file(new) != known:
+        raise BoomgenError(
+            f"{part} differs from its done record; remove {part.parent} and go on with: boomgen resume {run.path}"
+        )
+    new.replace(part)
+    sync(part.parent)
 
 
 def timm_index(plan: Plan, files: dict[str, Any]) -> bytes:
@@ -138,7 +154,7 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
     return (
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {origin}, {words} with Boomerang\n\n"
-        f"{rows} images made by boomgen {__version__} from {origin}: each was noised to level {plan.chain.level} of "
+        f"{rows} images made by boomgen {plan.boomgen} from {origin}: each was noised to level {plan.chain.level} of "
         f"{levels.count} (abar {levels.abar(plan.chain.level):.4f}) of {plan.model.name} and brought back "
         f"(Luzi et al., TMLR 2024).\n\n"
         "A small t_boom changes an image little: distances to the source are reduced links, not proof of anonymity.\n\n"

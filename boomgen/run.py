@@ -36,6 +36,11 @@ class RunDir:
     def plan(self) -> Plan:
         return read_plan(self.path / "plan.json")
 
+    @cached_property
+    def plan_sha256(self) -> str:
+        """What a done record says that it belongs to."""
+        return hashlib.sha256(self.plan.to_bytes()).hexdigest()
+
     @property
     def shards(self) -> Path:
         return self.path / "shards"
@@ -88,9 +93,8 @@ class RunDir:
 
     def published(self) -> set[int]:
         """Numbers of the shards that are whole."""
-        if not self.shards.is_dir():
-            return set()
-        return {int(entry.name) for entry in self.shards.iterdir() if entry.name.isdecimal()}
+        names = {entry.name for entry in self.shards.iterdir()} if self.shards.is_dir() else set()
+        return {number for number in range(self.plan.shards) if self.shard(number).name in names}
 
     def missing(self) -> list[int]:
         return sorted(set(range(self.plan.shards)) - self.published())
@@ -99,13 +103,17 @@ class RunDir:
         """The done record of a published shard.
 
         Raises:
-            BoomgenError: missing, or changed since it was written.
+            BoomgenError: missing, changed since it was written, or of another shard or plan.
         """
         path = self.shard(number) / DONE
+        again = f"remove {path.parent} and go on with: boomgen resume {self.path}"
         try:
-            return unseal(path.read_bytes())
+            record = unseal(path.read_bytes())
         except (OSError, ValueError) as err:
-            raise BoomgenError(f"{path} is damaged ({err}); remove {path.parent} and resume the run") from err
+            raise BoomgenError(f"{path} is damaged ({err}); {again}") from err
+        if (record.get("shard"), record.get("plan_sha256")) != (number, self.plan_sha256):
+            raise BoomgenError(f"{path} is of shard {record.get('shard')}, or of another plan; {again}")
+        return record
 
     def status(self) -> Status:
         failed: dict[str, int] = {}

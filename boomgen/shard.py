@@ -63,9 +63,12 @@ def sha256_file(path: Path) -> str:
 def write_durable(path: Path, data: bytes) -> None:
     """Write a file that appears whole or not at all."""
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    partial.write_bytes(data)
-    sync(partial)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -1,6 +1,9 @@
 """Check a run against its own records: every byte re-hashed, some rows made again."""
 
+import contextlib
+import hashlib
 import io
+import itertools
 import random
 import tarfile
 from collections.abc import Iterator
@@ -12,14 +15,29 @@ from boomgen import manifest
 from boomgen.errors import BoomgenError
 from boomgen.finalise import expected_dataset
 from boomgen.run import RunDir
-from boomgen.shard import PART, TAR, sha256_file
+from boomgen.shard import DONE, PART, TAR, sha256_file
 
 
 def verify(run: RunDir) -> Iterator[str]:
     """One line per fault; none for a sound run. Reads everything, imports no torch."""
-    for check in (lambda: run.plan, lambda: run.index, lambda: run.secret):
-        if run.plan.job.linkage == "none" and not (run.path / "secret").exists() and check is not None:
-            break
+    try:
+        yield from _inputs(run)
+    except BoomgenError as err:  # the plan, without which nothing can be checked
+        yield str(err)
+        return
+    for number in range(run.plan.shards):
+        yield from _shard(run, number)
+    if run.manifest.exists() or run.dataset.exists():
+        parts = {f"part-{number:05d}.parquet": run.shard(number) / PART for number in range(run.plan.shards)}
+        yield from _folder(run.manifest, parts, {})
+    if run.dataset.exists():
+        with contextlib.suppress(BoomgenError):  # a damaged done record was named above
+            yield from _folder(run.dataset, *expected_dataset(run))
+
+
+def _inputs(run: RunDir) -> Iterator[str]:
+    destroyed = run.plan.job.linkage == "none" and not run.missing()
+    for check in () if destroyed else (lambda: run.index, lambda: _secret(run)):
         try:
             check()
         except BoomgenError as err:
@@ -27,10 +45,12 @@ def verify(run: RunDir) -> Iterator[str]:
     package = run.plan.network.package_sha256
     if package and (not run.package.exists() or sha256_file(run.package) != package):
         yield f"{run.package} is not the planned network package"
-    for number in range(run.plan.shards):
-        yield from _shard(run, number)
-    if run.dataset.exists():
-        yield from _dataset(run)
+
+
+def _secret(run: RunDir) -> None:
+    path = run.path / "secret"
+    if path.read_bytes() != run.secret.hex().encode() + b"\n":
+        raise BoomgenError(f"{path} holds the planned secret, but not as it was written")
 
 
 def _shard(run: RunDir, number: int) -> Iterator[str]:
@@ -47,42 +67,51 @@ def _shard(run: RunDir, number: int) -> Iterator[str]:
     for name, known in record["files"].items():
         path = folder / name
         if not path.exists() or path.stat().st_size != known["bytes"] or sha256_file(path) != known["sha256"]:
-            yield f"{path} differs from its done record; remove {folder} and resume the run"
+            yield f"{path} differs from its done record; remove {folder} and go on with: boomgen resume {run.path}"
             sound = False
+    for path in sorted(set(folder.iterdir()) - {folder / name for name in (*record["files"], DONE)}):
+        yield f"{path} is not of this shard; remove it"
     if sound:
         yield from _rows(run, number)
 
 
 def _rows(run: RunDir, number: int) -> Iterator[str]:
-    """Rows in the part = rows in the plan; samples in the tar = ok rows of the part."""
-    table = pq.read_table(run.shard(number) / PART)
+    """Rows in the part = rows in the plan; images in the tar = ok rows of the part, byte for byte."""
+    part, path = run.shard(number) / PART, run.shard(number) / TAR
+    table = pq.ParquetFile(part).read()
     if table.column("row").to_pylist() != list(run.plan.positions(number)):
-        yield f"{run.shard(number) / PART} does not hold the planned rows"
+        yield f"{part} does not hold the planned rows"
     ok = {row["key"]: row["output_sha256"] for row in table.to_pylist() if row["status"] == manifest.OK}
-    with tarfile.open(run.shard(number) / TAR) as tar:
-        image = f".{run.plan.job.format}"
-        held = {name.removesuffix(image) for name in tar.getnames() if name.endswith(image)}
-    if held != ok.keys():
-        yield f"{run.shard(number) / TAR} does not hold the ok rows of its manifest part"
+    held = {
+        key: hashlib.sha256(files.get(run.plan.job.format, b"")).hexdigest() for key, files in _samples(path).items()
+    }
+    if held != ok:
+        yield f"{path} does not hold the ok rows of its manifest part"
 
 
-def _dataset(run: RunDir) -> Iterator[str]:
-    try:
-        links, texts = expected_dataset(run)
-    except BoomgenError:
-        return  # named already
+def _samples(path: Path) -> dict[str, dict[str, bytes]]:
+    """The samples of a tar: key -> extension -> content."""
+    samples: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.partition(".")
+            samples.setdefault(key, {})[extension] = (tar.extractfile(member) or io.BytesIO()).read()
+    return samples
+
+
+def _folder(folder: Path, links: dict[str, Path], texts: dict[str, bytes]) -> Iterator[str]:
+    """What finalise placed is what the shards hold, and there is nothing else."""
     for name, origin in links.items():
-        path = run.dataset / name
-        if not path.exists() or not (path.samefile(origin) or _same(path, origin)):
-            yield f"{path} is not the tar of its shard; remove {run.dataset} and finalise again"
+        path = folder / name
+        if not path.exists() or not origin.exists() or not (path.samefile(origin) or _same(path, origin)):
+            yield f"{path} is not that of its shard; remove {folder} and finalise again"
     for name, data in texts.items():
-        path = run.dataset / name
+        path = folder / name
         if not path.exists() or path.read_bytes() != data:
-            yield f"{path} is not what was written; remove {run.dataset} and finalise again"
-    for number in range(run.plan.shards):
-        path, origin = run.manifest / f"part-{number:05d}.parquet", run.shard(number) / PART
-        if not path.exists() or not (path.samefile(origin) or _same(path, origin)):
-            yield f"{path} is not the part of its shard; remove {run.manifest} and finalise again"
+            yield f"{path} is not what was written; remove {folder} and finalise again"
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.relative_to(folder).as_posix() not in links.keys() | texts.keys():
+            yield f"{path} was not put there by boomgen; remove it"
 
 
 def _same(one: Path, other: Path) -> bool:
@@ -90,24 +119,22 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def remake(run: RunDir, count: int) -> Iterator[str]:
-    """Make `count` random ok rows again, each with its whole batch, and compare bytes. One line per difference."""
+    """Make `count` random rows again, each in its whole batch, and compare all of it. One line per difference."""
     import torch
 
     from boomgen.worker import Worker
 
     torch.set_num_threads(1)
     worker = Worker(run)
-    table = manifest.read(run.manifest, ["row", "key", "status", "output_sha256"])
-    ok = [row for row in table.to_pylist() if row["status"] == manifest.OK]
-    for row in random.sample(ok, min(count, len(ok))):
-        shard, place = divmod(row["row"], run.plan.shard_size)
-        batch, offset = divmod(place, run.plan.network.batch_size)
-        made = worker.make_batch(shard, batch)[offset]
-        if made.entry["output_sha256"] != row["output_sha256"] or made.members != _members(run, shard, row["key"]):
-            yield f"row {row['row']} ({row['key']}) made again differs from shard {shard}"
-
-
-def _members(run: RunDir, shard: int, key: str) -> dict[str, bytes]:
-    with tarfile.open(run.shard(shard) / TAR) as tar:
-        mine = [member for member in tar if member.name.partition(".")[0] == key]
-        return {member.name.partition(".")[2]: (tar.extractfile(member) or io.BytesIO()).read() for member in mine}
+    chosen = sorted(random.sample(range(run.plan.rows), min(count, run.plan.rows)))
+    places = [divmod(row, run.plan.shard_size) for row in chosen]
+    for shard, group in itertools.groupby(places, key=lambda place: place[0]):
+        rows = pq.ParquetFile(run.shard(shard) / PART).read().to_pylist()
+        samples = _samples(run.shard(shard) / TAR)
+        offsets = [offset for _, offset in group]
+        size = run.plan.network.batch_size
+        made = {batch: worker.make_batch(shard, batch) for batch in {offset // size for offset in offsets}}
+        for offset in offsets:
+            again, row = made[offset // size][offset % size], rows[offset]
+            if {**again.entry, "shard": shard} != row or again.members != samples.get(row["key"], {}):
+                yield f"row {row['row']} ({row['key']}) made again differs from {run.shard(shard)}"

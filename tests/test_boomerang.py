@@ -114,7 +114,7 @@ def rho(levels: Levels, k: int) -> float:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("k", [100, 300, 500])
+@pytest.mark.parametrize("k", [50, 150, 250])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_correlation_in_closed_form(family, k, eta):
     """corr(x0, x0') = rho at eta = 1, sqrt(rho) at eta = 0, and rho^((1 + eta^2) / 2) between (FastDPM's kappa); and
@@ -123,10 +123,10 @@ def test_correlation_in_closed_form(family, k, eta):
     In the variable x / sqrt(a^2 v + s^2) a fine chain is an Ornstein-Uhlenbeck process of rate eta^2 / 2 in log rho,
     started at correlation sqrt(rho).
     """
-    levels = FAMILIES[family](1000)
+    levels = FAMILIES[family](500)
     x0, x = monte_carlo(levels, k, eta, V)
     assert np.corrcoef(x0, x)[0, 1] == pytest.approx(rho(levels, k) ** ((1 + eta**2) / 2), abs=0.01)
-    assert x.std() / x0.std() == pytest.approx(1, abs=0.01)
+    assert x.std() / x0.std() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -175,19 +175,19 @@ def test_a_deterministic_reverse_is_more_local(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_variants_of_one_source_spread_with_the_noise(family):
     """Eq. 7 of the paper: the variance over variants of ONE image grows with 1 - abar; here it is v (1 - rho^2),
-    around the mean rho x0. 50 variants, keyed as the package keys them, of one image of 4096 pixels."""
-    levels = FAMILIES[family](100)
+    around the mean rho x0. 20 variants, keyed as the package keys them, of one image of 4096 pixels."""
+    levels = FAMILIES[family](250)
     source = math.sqrt(V) * torch.from_numpy(normal([KEYS[0]], Stream.FORWARD, 0, (4096,)))
-    keys = [noise_key(b"s" * 32, "one image", variant) for variant in range(50)]
+    keys = [noise_key(b"s" * 32, "one image", variant) for variant in range(20)]
     spreads, powers = [], []
-    for k in (5, 20, 35, 50, 65):
-        x = boomerang(source.expand(50, -1), k, levels, gaussian(levels, V), Noise(keys, (4096,))).double().numpy()
+    for k in (12, 50, 87, 125, 162):
+        x = boomerang(source.expand(20, -1), k, levels, gaussian(levels, V), Noise(keys, (4096,))).double().numpy()
         slope, variance = exact_law(levels, k, 1.0, V)
         spread = x.var(axis=0, ddof=1).mean()
-        assert spread == pytest.approx(variance, rel=4 * math.sqrt(2 / (49 * 4096)))
-        assert spread == pytest.approx(V * (1 - rho(levels, k) ** 2), abs=0.07 * V)
+        assert spread == pytest.approx(variance, rel=4 * math.sqrt(2 / (19 * 4096)))
+        assert spread == pytest.approx(V * (1 - rho(levels, k) ** 2), abs=0.055 * V)
         line = np.polyfit(source[0].numpy(), x.mean(axis=0), 1)[0]
-        assert line == pytest.approx(slope, abs=4 * math.sqrt(variance / V / 50 / 4096))
+        assert line == pytest.approx(slope, abs=4 * math.sqrt(variance / V / 20 / 4096))
         assert line == pytest.approx(rho(levels, k), abs=0.02)
         spreads.append(spread)
         powers.append(1 - levels.abar(k))
@@ -308,7 +308,7 @@ def sde_dpm_first_order(net, x0, k, levels, noise, eta, clip, monkeypatch):
     return x
 
 
-@pytest.mark.parametrize("rule", ["fastdpm-linear", "fastdpm-quadratic", "even"])
+@pytest.mark.parametrize("rule", ["fastdpm-linear", "fastdpm-quadratic"])
 @pytest.mark.parametrize(
     ("scheduler", "eta", "clip"),
     [

@@ -42,7 +42,7 @@ class _Hand:
         self.number, self.device = number, device
         self.log = run.logs / f"worker-{number:03d}.log"
         self.shard: int | None = None
-        self.ready = False
+        self.started, self.idle = False, False
         self._rest = b""
         command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(threads), str(int(allow_mixed))]
         with self.log.open("ab") as log:
@@ -52,7 +52,7 @@ class _Hand:
 
     def give(self, shard: int) -> None:
         assert self.process.stdin is not None
-        self.shard = shard
+        self.shard, self.idle = shard, False
         with contextlib.suppress(BrokenPipeError):  # its death is seen on the other pipe
             os.write(self.process.stdin.fileno(), f"{shard}\n".encode())
 
@@ -63,9 +63,8 @@ class _Hand:
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [Event(**json.loads(line)) for line in lines] if data else None
 
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
+    def close(self) -> None:
+        """Wait for its end; it was told, or is dead."""
         try:
             self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
@@ -107,7 +106,9 @@ class LocalEngine:
                             aside[event.shard] = event.text
         finally:
             for hand in self.hands.values():
-                hand.stop()
+                hand.process.terminate()
+            for hand in self.hands.values():
+                hand.close()
         if aside:
             shard, text = next(iter(aside.items()))
             raise BoomgenError(
@@ -129,23 +130,21 @@ class LocalEngine:
                 hand.shard = None
             if event.kind == "failed":
                 self._again(event.shard, queue)
-            if event.kind in ("ready", "done", "failed"):
-                hand.ready = True
-                if queue:
-                    hand.give(queue.popleft())
+            if event.kind in ("ready", "done"):
+                hand.started, hand.idle = True, True
         self._wake(queue)
         return events
 
     def _wake(self, queue: collections.deque[int]) -> None:
-        """A shard that came back is for whoever is idle."""
+        """Whoever is idle takes the next shard, also one that came back."""
         for hand in self.hands.values():
-            if queue and hand.ready and hand.shard is None:
+            if queue and hand.idle:
                 hand.give(queue.popleft())
 
     def _lost(self, hand: _Hand, queue: collections.deque[int]) -> list[Event]:
         self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
-        hand.stop()
-        self.stillborn = 0 if hand.ready else self.stillborn + 1
+        hand.close()
+        self.stillborn = 0 if hand.started else self.stillborn + 1
         del self.hands[hand.number]
         if self.stillborn >= ATTEMPTS:
             raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
@@ -172,7 +171,11 @@ def serve(path: str, device: str, threads: int, allow_mixed: bool) -> int:
     def say(kind: str, shard: int = -1, **more: Any) -> None:
         os.write(pipe, json.dumps({"kind": kind, "shard": shard, **more}).encode() + b"\n")
 
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    def end(*_: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # driver and scheduler may both ask; one clean-up is enough
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         import torch
@@ -201,6 +204,9 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
 
         print(f"{stamp} shard {shard} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
+        if not isinstance(err, OSError | BoomgenError):
+            sys.exit(1)  # a device that failed once may fail for ever in this process; the driver starts a fresh one
+        say("ready")
     else:
         seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
         print(
