@@ -22,7 +22,7 @@ COLUMNS: tuple[tuple[str, pa.DataType, str], ...] = (
     ("label", pa.int32(), "label in the data set, -1 for none"),
     ("class_name", pa.string(), "name of the label, '' for none"),
     ("output_sha256", pa.string(), "sha256 of the image file in the tar"),
-    ("pixel_sha256", pa.string(), "sha256 of the output's pixels, (H, W, C) uint8"),
+    ("pixel_sha256", pa.string(), "sha256 of the output's pixels before jpg loses some, (H, W, C) uint8"),
     ("width", pa.int32(), "output width, pixels"),
     ("height", pa.int32(), "output height, pixels"),
     ("source_row", pa.int64(), "row number in index.parquet"),
@@ -56,12 +56,22 @@ SCHEMA = pa.schema(
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> pa.Table:
-    """The rows as a manifest part; a missing or mistyped column is an error."""
-    return pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    """The rows as a manifest part.
+
+    Raises:
+        ValueError, TypeError: a row lacks a column, has one too many, or a value that is null or of another type.
+    """
+    for row in rows:
+        if odd := row.keys() ^ SCHEMA.names:
+            raise ValueError(f"a manifest row with {', '.join(sorted(odd))} missing or too many")
+    part = pa.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    if nulls := [name for name in SCHEMA.names if part[name].null_count]:
+        raise ValueError(f"a manifest row without a value for {', '.join(nulls)}")
+    return part
 
 
 def unlinked(part: pa.Table) -> pa.Table:
-    """A part without the columns that link it to its sources, and in the order of its keys."""
+    """A part without the columns that link it to its sources; its order is the secret's, which tells nothing."""
     return part.drop_columns([name for name in LINK_COLUMNS if name in part.column_names])
 
 

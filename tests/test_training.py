@@ -1,13 +1,11 @@
 """Mixing with the originals: every pair is the manifest's, every choice follows from (seed, epoch, image)."""
 
-import json
 import pickle
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.finished import PEOPLE, finish, in_ranks, make_shards, nan_model, pixel_hash, write_portraits
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -15,6 +13,7 @@ from boomgen import manifest
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.run import RunDir
 from boomgen.training import ORIGINAL, BoomerangMix, mixed_stream
+from tests.finished import PEOPLE, finish, in_ranks, make_shards, nan_model, pixel_hash, write_portraits
 
 ROWS, VARIANTS = 100, 3
 
@@ -68,7 +67,8 @@ def test_no_and_full_probability(run):
 
 @pytest.mark.parametrize("p", [0.2, 0.5])
 def test_share_of_versions_is_binomial_and_changes_with_epoch_and_seed(run, p):
-    epochs = np.array([synthetic(BoomerangMix(run, p), epoch) for epoch in range(40)])
+    dataset = BoomerangMix(run, p)
+    epochs = np.array([synthetic(dataset, epoch) for epoch in range(40)])
     spread = np.sqrt(p * (1 - p))
     assert abs(epochs.mean(1) - p).max() < 4 * spread / np.sqrt(ROWS)
     assert abs(epochs.mean() - p) < 3 * spread / np.sqrt(epochs.size)
@@ -76,7 +76,7 @@ def test_share_of_versions_is_binomial_and_changes_with_epoch_and_seed(run, p):
     agreement = (epochs[:-1] == epochs[1:]).mean()  # independent epochs agree in p^2 + (1-p)^2 of the rows
     assert abs(agreement - (p**2 + (1 - p) ** 2)) < 0.04
     assert synthetic(BoomerangMix(run, p, seed=1)) != epochs[0].tolist()
-    assert synthetic(BoomerangMix(run, p)) == epochs[0].tolist()
+    assert synthetic(dataset) == epochs[0].tolist()
 
 
 def test_every_variant_is_used_alike(run):
@@ -199,11 +199,12 @@ def keys_and_kinds(run: RunDir, epoch: int = 0, workers: int = 0, shuffle: int |
     return list(DataLoader(stream, batch_size=None, num_workers=workers)) if workers else list(stream)
 
 
-def test_stream_covers_every_row_once_over_workers(run):
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_stream_covers_every_row_once_over_workers(run, private):
     alone = keys_and_kinds(run)
     assert len(alone) == len({key for key, *_ in alone}) == ROWS * VARIANTS
-    for workers in (2, 25):  # 19 tars: some of 25 workers have none
-        assert sorted(keys_and_kinds(run, workers=workers)) == sorted(alone)
+    assert sorted(keys_and_kinds(run, workers=2)) == sorted(alone)
+    assert sorted(keys_and_kinds(private, workers=8)) == sorted(keys_and_kinds(private))  # 7 tars: one has none
     shuffled = keys_and_kinds(run, shuffle=100)
     assert shuffled != alone
     assert sorted(shuffled) == sorted(alone)
@@ -257,4 +258,3 @@ def test_dropped_labels_are_none(plan_tiny, tmp_path):
     run = finish(plan_tiny(tmp_path / "run", labels="drop"))
     assert {label for _, label in BoomerangMix(run)} == {-1}
     assert {sample["label"] for sample in mixed_stream(run)} == {-1}
-    assert not any("cls" in json.dumps(row) for row in rows_of(run)[:1])

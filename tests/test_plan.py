@@ -1,0 +1,183 @@
+"""The plan: every default filled in, frozen, the same for the same job; and what the network is compiled for."""
+
+import itertools
+import json
+import subprocess
+import sys
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from boomgen import catalog, models
+from boomgen.errors import BoomgenError, UsageError
+from boomgen.job import Job, Launch
+from boomgen.models import class_map
+from boomgen.models.pixel_unet import Network, example_inputs, flops, load_compiled
+from boomgen.plan import planned_rows, read_plan
+from boomgen.prepare import COMPILE_PAYS_FROM, default_shard_size, prepare, resolve
+from boomgen.worker import Worker
+
+from .conftest import PlanTiny, write_idx
+
+FASHION = catalog.datasets()["fashion-mnist"].classes
+
+
+def test_the_same_job_has_the_same_plan(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    one, other = plan_tiny(tmp_path / "one"), plan_tiny(tmp_path / "other")
+    for name in ("plan.json", "index.parquet", "secret"):
+        assert (one.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+def test_a_plan_reads_back_as_it_was_written(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    run = plan_tiny(tmp_path / "run")
+    assert read_plan(run.path / "plan.json").to_bytes() == (run.path / "plan.json").read_bytes()
+    assert run.plan.chain.levels.level(Fraction(4, 10)) == run.plan.chain.level == 4
+
+
+def test_positions_of_all_shards_are_the_rows_once(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    run = plan_tiny(tmp_path / "run", mode="augment", variants=3)
+    positions = list(itertools.chain.from_iterable(run.plan.positions(i) for i in range(run.plan.shards)))
+    assert positions == list(range(300))
+    rows = planned_rows(run.plan, run.index, run.secret, range(300))
+    assert sorted((row.source_row, row.variant) for row in rows) == list(itertools.product(range(100), range(3)))
+    assert len({row.noise_key for row in rows}) == 300
+    assert [row.key for row in rows] == [f"{i:08d}" for i in range(300)]
+
+
+def test_a_plan_of_another_version_is_refused(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    from boomgen.shard import sealed
+
+    run = plan_tiny(tmp_path / "run")
+    record = json.loads((run.path / "plan.json").read_text())
+    (run.path / "plan.json").write_bytes(sealed({**record, "schema_version": 2}))
+    with pytest.raises(BoomgenError, match="schema version 2, this boomgen reads 1"):
+        read_plan(run.path / "plan.json")
+
+
+@pytest.mark.parametrize(
+    ("rows", "batch", "size"), [(1, 64, 64), (1000, 64, 64), (10_000, 64, 192), (1_281_167, 64, 9984), (10, 1, 1)]
+)
+def test_shards_are_whole_batches_of_moderate_number(rows: int, batch: int, size: int) -> None:
+    assert default_shard_size(rows, batch) == size
+
+
+def test_presets_fill_the_gaps_and_flags_win() -> None:
+    job = resolve(Job(mode="anonymize", dataset="fashion-sample")).job
+    assert (job.model, job.t_boom, job.steps, job.fit, job.split) == ("fashion-patched-ddpm", "0.4", 100, "pad", "test")
+    assert (job.linkage, job.labels) == ("private", "keep")
+    job = resolve(Job(mode="augment", dataset="fashion-sample", t_boom="20/50", fit="crop")).job
+    assert (job.t_boom, job.steps, job.fit, job.linkage) == ("20/50", 50, "crop", "public")
+
+
+def test_classes_are_matched_by_name_or_not_at_all() -> None:
+    info = models.inspect("fashion-patched-ddpm")
+    assert class_map(info, FASHION) == tuple(range(10))
+    assert class_map(info, ("bag", "COAT")) == (8, 4)
+    assert class_map(info, ("bag", "zebra")) is None
+    unnamed = info.model_copy(update={"classes": ()})
+    assert class_map(unnamed, ("x", "y")) == (0, 1)
+    assert class_map(unnamed, tuple(map(str, range(11)))) is None
+    assert class_map(info.model_copy(update={"class_count": 0}), ("bag",)) is None
+
+
+def test_the_condition_reaches_the_network(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    worker = Worker(plan_tiny(tmp_path / "run"))
+    assert worker.plan.network.classes == tuple(range(10))
+    assert worker.denoiser.prepare(torch.tensor([3, -1, 9])).tolist() == [3, 10, 9]
+
+
+def test_labels_beyond_the_known_names_are_refused(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_idx(tmp_path / "source", np.zeros((4, 28, 28), np.uint8), np.array([0, 1, 2, 11]), "t10k")
+    job = Job(mode="anonymize", dataset="fashion-mnist", data_dir=str(source), split="test", model=str(tiny_model))
+    with pytest.raises(UsageError, match=r"label 11 in fashion-mnist; expected 0 to 9"):
+        prepare(job, Launch(out=str(tmp_path / "run"), device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pickled_weights_are_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UsageError, match="expected safetensors weights, pickled ones are not loaded"):
+        models.inspect(str(folder))
+
+
+def test_other_families_are_recognised_and_refused(tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(config.read_text().replace("UNet2DModel", "UNet2DConditionModel"))
+    with pytest.raises(UsageError, match="is a UNet2DConditionModel; this version runs pixel-space"):
+        models.inspect(str(folder))
+
+
+def test_a_model_that_changed_after_planning_is_refused(plan_tiny: PlanTiny, tiny_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    run = plan_tiny(tmp_path / "run", model=str(folder))
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(config.read_text() + " ")
+    with pytest.raises(BoomgenError, match="has changed since the plan was made"):
+        Worker(run)
+
+
+def test_flops_are_those_of_the_convolutions() -> None:
+    """A known count: 2 x multiply-adds grow linearly with the batch; the embedded net has about half a GFLOP a call."""
+    info = models.inspect("fashion-patched-ddpm")
+    assert flops(info, 64) == 64 * flops(info, 1)
+    assert 0.4e9 < flops(info, 1) < 0.6e9
+
+
+def test_compilation_is_chosen_by_cost(tmp_path: Path) -> None:
+    small = Job(mode="anonymize", dataset="fashion-sample")
+    run = prepare(small, Launch(out=str(tmp_path / "run"), device="cpu"))
+    assert run.plan.calls * run.plan.network.flops < COMPILE_PAYS_FROM
+    assert run.plan.network.package_sha256 is None
+    assert run.plan.network.flops / run.plan.network.batch_size * 10_000 * 40 > COMPILE_PAYS_FROM
+
+
+@pytest.fixture(scope="module")
+def compiled(plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return plan_tiny(tmp_path_factory.mktemp("compiled") / "run", compile="yes")
+
+
+def test_the_compiled_network_is_the_network(compiled: Any) -> None:
+    plan = compiled.plan
+    inputs = example_inputs(plan.model, plan.network.batch_size)
+    inputs[0].normal_(generator=torch.Generator().manual_seed(0))
+    inputs[2].copy_(torch.arange(8))
+    with torch.no_grad():
+        eager = Network(plan.model, torch.float32)(*inputs)
+        torch.testing.assert_close(load_compiled(compiled.package)(*inputs), eager, atol=1e-5, rtol=1e-5)
+
+
+def test_a_worker_with_a_package_needs_no_diffusers(compiled: Any) -> None:
+    code = (
+        "import sys; from boomgen.run import RunDir; from boomgen.worker import Worker;"
+        f"Worker(RunDir({str(compiled.path)!r})).make_shard(0); print('diffusers' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_another_package_is_refused(compiled: Any) -> None:
+    good = compiled.package.read_bytes()
+    compiled.package.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    try:
+        with pytest.raises(BoomgenError, match="is missing or not the planned one"):
+            Worker(compiled)
+    finally:
+        compiled.package.write_bytes(good)
