@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import uuid
 from pathlib import Path
@@ -15,6 +16,7 @@ from boomgen.errors import BoomgenError
 from boomgen.plan import Plan
 from boomgen.run import RunDir, ranges
 from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, sync, write_durable
+from boomgen.sources.base import NO_SPLIT
 
 
 def finalise(run: RunDir) -> None:
@@ -43,7 +45,7 @@ def dataset_files(run: RunDir) -> dict[str, Any]:
     """The shards that hold rows, their names in the data set, and their row counts."""
     counts = {number: run.done(number)["ok"] for number in range(run.plan.shards)}
     held = [number for number, ok in counts.items() if ok]
-    names = {number: f"{run.plan.source.split}-{i:05d}-of-{len(held):05d}.tar" for i, number in enumerate(held)}
+    names = {number: f"{split_name(run.plan)}-{i:05d}-of-{len(held):05d}.tar" for i, number in enumerate(held)}
     return {"tars": names, "rows": {number: counts[number] for number in held}}
 
 
@@ -124,23 +126,31 @@ def _unlink_part(run: RunDir, number: int) -> None:
     sync(part.parent)
 
 
+def split_name(plan: Plan) -> str:
+    """What the split is called in the data set: a word, as `datasets` wants it, 'train' where the source has none."""
+    return "train" if plan.source.split == NO_SPLIT else re.sub(r"\W+", "_", plan.source.split)
+
+
 def timm_index(plan: Plan, files: dict[str, Any]) -> bytes:
     """timm's `_info.json`: the tars of the split and their lengths."""
     split = {
-        "name": plan.source.split,
+        "name": split_name(plan),
         "num_samples": sum(files["rows"].values()),
         "filenames": [f"data/{name}" for name in files["tars"].values()],
         "shard_lengths": list(files["rows"].values()),
     }
-    return json.dumps({"splits": {plan.source.split: split}}, indent=1).encode() + b"\n"
+    return json.dumps({"splits": {split_name(plan): split}}, indent=1).encode() + b"\n"
 
 
 def card(run: RunDir, files: dict[str, Any]) -> str:
     """The README.md that makes `load_dataset` read the folder right, and tells people what it is."""
     plan = run.plan
-    split, rows = plan.source.split, sum(files["rows"].values())
+    split, rows = split_name(plan), sum(files["rows"].values())
     unnamed = "a private data set" if plan.job.mode == "anonymize" else "a local data set"
     origin = plan.source.name if catalog.dataset(plan.source.name) else unnamed
+    # The path of a local folder may tell whose data this is.
+    public = plan.model.name in catalog.models() or f"models--{plan.model.name.replace('/', '--')}" in plan.model.path
+    model = plan.model.name if public else "a local model"
     head = {
         "license": "other",
         "license_name": plan.source.licence,
@@ -155,7 +165,7 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
         f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
         f"# {origin}, {words} with Boomerang\n\n"
         f"{rows} images made by boomgen {plan.boomgen} from {origin}: each was noised to level {plan.chain.level} of "
-        f"{levels.count} (abar {levels.abar(plan.chain.level):.4f}) of {plan.model.name} and brought back "
+        f"{levels.count} (abar {levels.abar(plan.chain.level):.4f}) of {model} and brought back "
         f"(Luzi et al., TMLR 2024).\n\n"
         "A small t_boom changes an image little: distances to the source are reduced links, not proof of anonymity.\n\n"
         f"- source licence: {plan.source.licence}\n- model licence: {plan.model.licence}\n"

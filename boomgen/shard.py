@@ -14,7 +14,7 @@ import shutil
 import signal
 import tarfile
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -110,20 +110,25 @@ class ShardWriter:
 
     def seal(self, part: pa.Table, record: Mapping[str, Any]) -> None:
         """Close the tar, write the manifest part and the done record with the hashes of both, and make all durable."""
+        for moment in self.sealing(part, record):
+            failpoint(moment, self.number)
+
+    def sealing(self, part: pa.Table, record: Mapping[str, Any]) -> Iterator[str]:
+        """`seal` in steps, each named when it is done."""
         self._tar.close()
         self._file.close()
-        failpoint("tar-closed", self.number)
+        yield "tar-closed"
         pq.write_table(part, self.folder / PART, compression="zstd")
-        failpoint("part-written", self.number)
+        yield "part-written"
         files = {
             name: {"sha256": sha256_file(self.folder / name), "bytes": (self.folder / name).stat().st_size}
             for name in (TAR, PART)
         }
         (self.folder / DONE).write_bytes(sealed({**record, "shard": self.number, "files": files}))
-        failpoint("done-written", self.number)
+        yield "done-written"
         for path in (self.folder / TAR, self.folder / PART, self.folder / DONE, self.folder):
             sync(path)
-        failpoint("synced", self.number)
+        yield "synced"
 
     def publish(self) -> bool:
         """Make the shard visible. False if another worker had published it before."""

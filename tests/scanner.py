@@ -68,6 +68,7 @@ def _decoded(place: str, data: bytes) -> Iterator[tuple[str, bytes]]:
     if kind in ("png", "jpg", "webp"):
         picture = Image.open(io.BytesIO(data))
         yield place, repr([*picture.info.items(), *picture.getexif().items()]).encode()
+        yield place, picture.tobytes()
 
 
 def _strings(value: object) -> Iterator[str]:
@@ -95,17 +96,14 @@ def _tar(place: str, data: bytes) -> Iterator[tuple[str, bytes]]:
 
 
 def _png(place: str, data: bytes) -> Iterator[tuple[str, bytes]]:
-    """Text chunks, decompressed; the unfiltered stream of pixels; what follows the end."""
-    offset, stream = 8, b""
+    """Text chunks, decompressed."""
+    offset = 8
     while offset < len(data):
         (size,) = struct.unpack(">I", data[offset : offset + 4])
         kind, body = data[offset + 4 : offset + 8], data[offset + 8 : offset + 8 + size]
         if kind in PNG_TEXT:
             yield place, body + _inflated(body)
-        if kind == b"IDAT":
-            stream += body
         offset += 12 + size
-    yield place, zlib.decompress(stream)
 
 
 def _inflated(body: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import itertools
 import re
 
 import pytest
@@ -39,6 +40,7 @@ SECRET = bytes(range(32))
         (output_key(SECRET, "train/7.png", 12), b"key\x0012\0train/7.png", "d6f5d6d0cf26ec8f653dc060"),
         (commitment(SECRET), b"commitment\0", "02a6634b15f248b4414aba0c1e23fe633abb6465f3027d0693c092290a0ca34f"),
     ],
+    ids=itertools.count(),
 )
 def test_golden_values(made, message, golden):
     """Pinned, because another version that derives otherwise could not resume or verify a run; and it is HMAC-SHA256

@@ -1,6 +1,7 @@
 """Noise is a pure function of its address; no two addresses share numbers (DESIGN.md, promise 1)."""
 
 import hashlib
+import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 
@@ -47,6 +48,7 @@ def reference(key: bytes, draw: int, stream: int, step: int) -> np.random.Genera
         (b"\xff" * 16, Stream.STEP, 2**64 - 1, 2**64 - 1, [-1.57002711, 0.909145653, -0.351571113, -0.154349327]),
         (A, Stream.FORWARD, 0, 0, [0.0340650864, -1.26166427, -1.31382751, -1.51482522]),
     ],
+    ids=itertools.count(),
 )
 def test_golden_values(key, stream, step, draw, values):
     """These numbers are frozen for ever: a run made today is remade bit for bit by any later version."""
@@ -74,6 +76,7 @@ def test_golden_values(key, stream, step, draw, values):
         ),
         ([KEY], Stream.STEP, 1, (3, 256, 256), 3, "aa330cf93fb722bb8f8dc62b1c17654241949d4c1fc5668e92068854b65ff2b4"),
     ],
+    ids=itertools.count(),
 )
 def test_golden_hash(keys, stream, step, shape, draw, digest):
     """The same for whole batches, long enough to meet the rare branches of the ziggurat."""
