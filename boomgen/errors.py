@@ -1,4 +1,7 @@
-"""What can go wrong, in three kinds. Each message is one line: what was got, what was expected, what to do."""
+"""What can go wrong. Each message is one line: what was got, what was expected, what to do.
+
+Any other exception in a worker is transient: it fails the shard, which is tried again.
+"""
 
 
 class BoomgenError(Exception):
@@ -18,7 +21,3 @@ class RowError(BoomgenError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
-
-
-class ShardError(BoomgenError):
-    """This shard failed for a cause that may pass (a disk, a device); the shard is tried again."""

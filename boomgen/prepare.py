@@ -146,51 +146,54 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     job = resolved.job
     secret = _secret(job, launch)
     model = models.inspect(str(job.model))
-    preset_hub = resolved.preset.hub if resolved.preset else None
-    hub = preset_hub if preset_hub and preset_hub.id == resolved.location else None
-    columns = (hub.image_column, hub.label_column) if hub else (None, None)
-    source = open_source(
-        catalog.resolved(resolved.location),
-        job.split,
-        image_column=columns[0],
-        label_column=columns[1],
-        revision=hub.revision if hub else None,
-    )
-    rows = index.build(source, folder / "index.parquet", job.limit)
-    labels = index.Index(folder / "index.parquet").label_counts()
-    classes = _class_names(resolved, source.classes, labels)
-    chain = _chain(job, model)
-    image_calls = rows * job.variants * chain.level
+    source = _index_source(folder, resolved)
+    rows, chain = source.rows * job.variants, _chain(job, model)
+    network = _network(folder, job, model, device, rows * chain.level, models.class_map(model, source.classes))
     plan = Plan(
         boomgen=__version__,
         job=job.model_copy(update={"split": source.split}),
-        source=SourcePlan(
-            location=resolved.location,
-            name=job.dataset,
-            split=source.split,
-            revision=getattr(source, "revision", None),
-            image_column=columns[0],
-            label_column=columns[1],
-            rows=rows,
-            classes=classes,
-            labelled=set(labels) != {NO_LABEL},
-            licence=resolved.preset.licence if resolved.preset else "not stated",
-            index_sha256=sha256_file(folder / "index.parquet"),
-        ),
+        source=source,
         model=model,
         chain=chain,
-        network=_network(folder, job, model, device, image_calls, models.class_map(model, classes)),
-        shard_size=1,
+        network=network,
+        shard_size=job.shard_size or default_shard_size(rows, network.batch_size),
         secret_commitment=keys.commitment(secret),
         environment=env.environment(device),
     )
-    batch = plan.network.batch_size
-    plan = plan.model_copy(update={"shard_size": job.shard_size or default_shard_size(plan.rows, batch)})
     write_durable(folder / "secret", secret.hex().encode() + b"\n")
     (folder / "secret").chmod(0o600)
     if job.linkage == "public":
         folder.chmod(0o755)
     write_durable(folder / "plan.json", plan.to_bytes())
+
+
+def _index_source(folder: Path, resolved: Resolved) -> SourcePlan:
+    """Open the source, write its index, and pin both."""
+    job, preset = resolved.job, resolved.preset
+    hub = preset.hub if preset and preset.hub and preset.hub.id == resolved.location else None
+    source = open_source(
+        catalog.resolved(resolved.location),
+        job.split,
+        image_column=hub.image_column if hub else None,
+        label_column=hub.label_column if hub else None,
+        revision=hub.revision if hub else None,
+    )
+    path = folder / "index.parquet"
+    rows = index.build(source, path, job.limit)
+    labels = index.Index(path).label_counts()
+    return SourcePlan(
+        location=resolved.location,
+        name=job.dataset,
+        split=source.split,
+        revision=getattr(source, "revision", None),
+        image_column=hub.image_column if hub else None,
+        label_column=hub.label_column if hub else None,
+        rows=rows,
+        classes=_class_names(resolved, source.classes, labels),
+        labelled=set(labels) != {NO_LABEL},
+        licence=preset.licence if preset else "not stated",
+        index_sha256=sha256_file(path),
+    )
 
 
 def _secret(job: Job, launch: Launch) -> bytes:

@@ -159,9 +159,23 @@ class Worker:
         loaded.pixels, loaded.box = images.fit(pixels, self.plan.model.size, str(self.plan.job.fit))
         return loaded
 
-    @torch.inference_mode()
     def sample(self, loaded: list[Loaded]) -> tuple[Tensor, Tensor]:
-        """Boomerang over one batch, padded to the planned shape: images (B, H, W, C) uint8, and which are finite."""
+        """Boomerang over one batch, padded to the planned shape: images (B, H, W, C) uint8, and which are finite.
+
+        Raises:
+            BoomgenError: the batch does not fit in memory; a smaller one would give other bytes, so none is tried.
+        """
+        try:
+            return self._sample(loaded)
+        except torch.OutOfMemoryError as err:
+            size = self.plan.network.batch_size
+            raise BoomgenError(
+                f"a batch of {size} does not fit in the memory of {self.device}; plan a new run with --batch-size "
+                f"{max(1, size // 2)}"
+            ) from err
+
+    @torch.inference_mode()
+    def _sample(self, loaded: list[Loaded]) -> tuple[Tensor, Tensor]:
         info, size = self.plan.model, self.plan.network.batch_size
         pixels = np.zeros((size, info.size, info.size, info.channels), np.uint8)
         labels = torch.full((size,), NO_LABEL)

@@ -1,5 +1,6 @@
 """Small real things that many tests share: a model folder that diffusers saved, IDX files, planned runs."""
 
+import fcntl
 import gzip
 import os
 import subprocess
@@ -106,3 +107,31 @@ def boomgen() -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+@pytest.fixture(scope="session")
+def fashion_mnist() -> Path:
+    """The folder of the whole real data set; a machine without it fails, since a skipped proof proves nothing."""
+    if not (FASHION / "train-images-idx3-ubyte.gz").exists():
+        pytest.fail(f"{FASHION} is missing: apt-get install dataset-fashion-mnist (Debian, Ubuntu)", pytrace=False)
+    return FASHION
+
+
+@pytest.fixture(scope="session")
+def real_run(fashion_mnist: Path, secret_file: Path, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    """1,000 real test images through the embedded model at t_boom 0.4, made by the command line, once for all workers
+    of pytest-xdist. To be read only: copy it before changing anything."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    out = shared / "real-run"
+    source = f"--dataset fashion-mnist --data-dir {fashion_mnist} --split test --limit 1000"
+    where = f"--device cpu --workers 2 --secret-file {secret_file} --out {out}"
+    command = f"{sys.executable} -m boomgen anonymize {source} --t-boom 0.4 {where}"
+    with (shared / "real-run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
+        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=1800, check=False)
+    assert done.returncode == 0, done.stderr
+    return RunDir(out)

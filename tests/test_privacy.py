@@ -7,6 +7,9 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -414,11 +417,8 @@ def test_the_secret_is_in_its_file_alone(tiny):
         assert not any(form in repr(table).encode() for form in forms(SECRET))
 
 
-def test_the_secret_is_in_no_command_line_and_no_environment(tiny_source, tiny_model, secret_file, tmp_path, boomgen):
+def test_the_secret_is_in_no_command_line_and_no_environment(tiny_source, tiny_model, secret_file, tmp_path):
     """Looked up in /proc while driver and worker run."""
-    import subprocess
-    import sys
-
     out = tmp_path / "run_of_the_test"
     options = ["--dataset", tiny_source, "--model", tiny_model, "--t-boom", "0.4", "--steps", "10", "--device", "cpu"]
     options += ["--workers", "1", "--out", out, "--secret-file", secret_file]
@@ -431,6 +431,7 @@ def test_the_secret_is_in_no_command_line_and_no_environment(tiny_source, tiny_m
     while driver.poll() is None:
         for pid, told in processes(str(out)):
             seen[pid] = told
+        time.sleep(0.1)
     assert driver.returncode == 0
     assert len(seen) >= 2
     assert RunDir(out).secret == SECRET

@@ -199,6 +199,8 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
         record = worker.make_shard(shard, lambda rows: say("tick", shard, rows=rows))
     except BrokenPipeError:
         sys.exit(75)  # the driver has gone
+    except BoomgenError as err:
+        say("fatal", shard, text=str(err))
     except Exception as err:
         import traceback
 
