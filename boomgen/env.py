@@ -90,6 +90,19 @@ def choose_device(launch: Launch) -> tuple[str, int]:
     return ("cuda", launch.gpus or found) if found else ("cpu", cores())
 
 
+def claim(device: str) -> str:
+    """Make 'cuda:N' the only GPU that this process sees, and its kernels deterministic. Before CUDA is used."""
+    if not device.startswith("cuda:"):
+        return device
+    import torch
+
+    number, visible = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.deterministic = True
+    return "cuda"
+
+
 def default_dtype(device: str) -> str:
     """bfloat16 where the hardware multiplies it faster than float32, else float32."""
     if device == "cuda":

@@ -146,6 +146,7 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
     """The README.md that makes `load_dataset` read the folder right, and tells people what it is."""
     plan = run.plan
     split, rows = split_name(plan), sum(files["rows"].values())
+    held = sum(run.done(number)["files"][TAR]["bytes"] for number in files["tars"])
     unnamed = "a private data set" if plan.job.mode == "anonymize" else "a local data set"
     origin = plan.source.name if catalog.dataset(plan.source.name) else unnamed
     # The path of a local folder may tell whose data this is.
@@ -157,7 +158,10 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
         "tags": ["synthetic", "boomerang", "webdataset"],
         "annotations_creators": ["machine-generated"],
         "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*.tar"}]}],
-        "dataset_info": {"features": _features(plan), "splits": [{"name": split, "num_examples": rows}]},
+        "dataset_info": {
+            "features": _features(plan),
+            "splits": [{"name": split, "num_bytes": held, "num_examples": rows}],
+        },
     }
     levels = plan.chain.levels
     words = {"anonymize": "anonymized", "augment": "augmented"}[plan.job.mode]

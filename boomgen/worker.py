@@ -63,7 +63,7 @@ class Clock:
 
 
 class Worker:
-    """Makes the shards of one run on one device ('cpu', 'cuda' or 'cuda:1').
+    """Makes the shards of one run on one device ('cpu' or 'cuda').
 
     Raises:
         BoomgenError: this device is not of the planned class, or model or network package are not the planned ones.
@@ -72,7 +72,7 @@ class Worker:
     def __init__(self, run: RunDir, device: str | None = None, allow_mixed: bool = False) -> None:
         self.run, self.plan = run, run.plan
         self.device = device or self.plan.network.device
-        self.environment = env.environment(self.device.split(":")[0])
+        self.environment = env.environment(self.device)
         differs = env.difference(self.plan.environment, self.environment)
         if differs and not allow_mixed:
             raise BoomgenError(

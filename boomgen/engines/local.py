@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from boomgen import env
 from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 
@@ -183,7 +184,7 @@ def serve(path: str, device: str, threads: int, allow_mixed: bool) -> int:
         from boomgen.worker import Worker
 
         torch.set_num_threads(threads)
-        worker = Worker(RunDir(path), device, allow_mixed)
+        worker = Worker(RunDir(path), env.claim(device), allow_mixed)
     except BoomgenError as err:
         say("fatal", text=str(err))
         return 1
