@@ -109,6 +109,8 @@ def _unlink_part(run: RunDir, number: int) -> None:
     """The record first, then the part: a kill between them leaves a new part beside the old that the record knows."""
     record, part = run.done(number), run.shard(number) / PART
     known, new = record["files"][PART]["sha256"], part.with_name(f".{PART}")
+    for stray in part.parent.glob(f".{DONE}.*"):  # of a kill
+        stray.unlink()
     if part.exists() and sha256_file(part) == known:
         table = pq.ParquetFile(part).read()
         unlinked = manifest.unlinked(table)

@@ -48,7 +48,10 @@ def unseal(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: any byte differs from what was written.
     """
-    record = json.loads(data)
+    try:
+        record = json.loads(data)
+    except RecursionError as err:
+        raise ValueError("nested too deep") from err
     if not isinstance(record, dict) or sealed(record) != data:
         raise ValueError("the record is not what was written")
     return record

@@ -48,8 +48,8 @@ def _inputs(run: RunDir) -> Iterator[str]:
 
 
 def _secret(run: RunDir) -> None:
-    path = run.path / "secret"
-    if path.read_bytes() != run.secret.hex().encode() + b"\n":
+    secret, path = run.secret, run.path / "secret"
+    if path.read_bytes() != secret.hex().encode() + b"\n":
         raise BoomgenError(f"{path} holds the planned secret, but not as it was written")
 
 

@@ -127,11 +127,11 @@ def real_run(fashion_mnist: Path, secret_file: Path, tmp_path_factory: pytest.Te
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     out = shared / "real-run"
-    source = f"--dataset fashion-mnist --data-dir {fashion_mnist} --split test --limit 1000"
-    where = f"--device cpu --workers 2 --secret-file {secret_file} --out {out}"
-    command = f"{sys.executable} -m boomgen anonymize {source} --t-boom 0.4 {where}"
+    source = ["--dataset", "fashion-mnist", "--data-dir", fashion_mnist, "--split", "test", "--limit", 1000]
+    where = ["--device", "cpu", "--workers", 2, "--secret-file", secret_file, "--out", out]
+    command = [sys.executable, "-m", "boomgen", "anonymize", *source, "--t-boom", 0.4, *where]
     with (shared / "real-run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed
-        done = subprocess.run(command.split(), capture_output=True, text=True, timeout=1800, check=False)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1800, check=False)
     assert done.returncode == 0, done.stderr
     return RunDir(out)

@@ -197,7 +197,17 @@ def test_sealed_refuses_every_flip() -> None:
     damaged = [data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :] for i in range(len(data)) for bit in range(8)]
     damaged += [data[:i] + data[i + 1 :] for i in range(len(data))]
     damaged += [data[: i + 1] + data[i:] for i in range(len(data))]
-    damaged += [b"", data[:-1], data + b"\n", json.dumps(json.loads(data)).encode(), b"[]", b"3", b"{}", b"\xff"]
+    damaged += [
+        b"",
+        data[:-1],
+        data + b"\n",
+        json.dumps(json.loads(data)).encode(),
+        b"[]",
+        b"3",
+        b"{}",
+        b"\xff",
+        b"[" * 99_999,
+    ]
     for wrong in damaged:
         with pytest.raises(ValueError):
             unseal(wrong)

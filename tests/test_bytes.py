@@ -1,0 +1,431 @@
+"""The first promise: the same bytes from any number of workers and threads, in any order, through kills and resumes."""
+
+import contextlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from boomgen import env
+from boomgen.cli import main
+from boomgen.errors import BoomgenError
+from boomgen.run import RunDir, ranges
+from boomgen.shard import FAILPOINTS, PART, TAR, sha256_file, unseal
+from boomgen.verify import verify
+from boomgen.worker import Worker
+
+from .conftest import SECRET, PlanTiny
+from .finished import finish
+
+Bytes = dict[str, str]
+CHANCE = random.Random(20)
+LONG = {"steps": 200, "shard_size": 8}  # 13 shards of one batch, 80 network calls each: about a second
+AUGMENT = {"mode": "augment", "variants": 3, "seed": 5, "limit": 40, "steps": 100, "shard_size": 8}
+
+
+def made(run: RunDir) -> Bytes:
+    """The hash of every tar and manifest part, in the shards and as they were placed."""
+    files = [run.shard(number) / name for number in range(run.plan.shards) for name in (TAR, PART)]
+    files += sorted(run.dataset.rglob("*")) + sorted(run.manifest.iterdir())
+    return {path.relative_to(run.path).as_posix(): sha256_file(path) for path in files if path.is_file()}
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bytes]:
+    """The bytes of a job's run by one worker in this process, shard after shard, made once per job."""
+    known: dict[str, Bytes] = {}
+
+    def bytes_of(**job: Any) -> Bytes:
+        name = json.dumps(job, sort_keys=True)
+        if name not in known:
+            known[name] = made(finish(plan_tiny(tmp_path_factory.mktemp("undisturbed") / "run", **job)))
+        return known[name]
+
+    return bytes_of
+
+
+# Workers, threads, order -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("job", [{}, AUGMENT])
+def test_any_order(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, job: dict[str, Any]) -> None:
+    """Shards made in reversed and in random order, some twice, by one worker or by two in turn, in other folders."""
+    for turn in range(3):
+        run = plan_tiny(tmp_path / f"run{turn}", **job)
+        workers = [Worker(run), Worker(run)]
+        order = list(range(run.plan.shards))[::-1]
+        if turn:
+            order = CHANCE.sample(order, len(order)) + CHANCE.choices(order, k=3)
+        for place, number in enumerate(order):
+            workers[place % turn if turn else 0].make_shard(number)
+        assert main(["finalise", str(run.path)]) == 0
+        assert made(run) == undisturbed(**job)
+
+
+@pytest.mark.parametrize(("workers", "threads", "job"), [(1, 2, {"limit": 32}), (2, 1, {})])
+def test_workers_and_threads(
+    plan_tiny: PlanTiny, undisturbed: Any, boomgen: Any, tmp_path: Path, workers: int, threads: int, job: Any
+) -> None:
+    """Real worker processes, one with two threads and two with one, make what one worker in one thread makes."""
+    run = plan_tiny(tmp_path / "run", **job)
+    limits = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
+    boomgen("resume", run.path, "--device", "cpu", "--workers", workers, env=os.environ | limits)
+    assert len(list(run.logs.iterdir())) == workers
+    assert made(run) == undisturbed(**job)
+
+
+def test_bytes_follow_the_secret(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """The check can fail: another secret, seed or eta changes every tar."""
+    secret = tmp_path / "secret"
+    secret.write_text(SECRET[::-1].hex())
+    run = plan_tiny(tmp_path / "private")
+    other = tmp_path / "other"
+    job = run.plan.job
+    assert main(_command(job, other, "--secret-file", str(secret), verb="plan")) == 0
+    found, same = made(finish(RunDir(other))), undisturbed()
+    assert not {name for name in found if name.endswith(".tar") and found[name] == same[name]}
+    for change in ({"seed": 6}, {"eta": 0.5}):
+        found, same = made(finish(plan_tiny(tmp_path / str(change), **AUGMENT | change))), undisturbed(**AUGMENT)
+        assert not {name for name in found if name.endswith(".tar") and found[name] == same[name]}
+
+
+def _command(job: Any, out: Path, *more: str, verb: str, **changes: Any) -> list[str]:
+    """The command line of a job."""
+    names = ("dataset", "model", "t_boom", "steps", "batch_size", "shard_size", "eta")
+    if verb == "augment":
+        names += ("variants", "seed", "limit")
+    values = {name: getattr(job, name) for name in names} | changes
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [verb, *flags, "--out", str(out), "--device", "cpu", *more]
+
+
+# Kills -------------------------------------------------------------------------------------------------------------
+
+
+def test_killed_at_every_failpoint(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """A worker SIGKILLed at each named moment of publishing: the shard is whole only after the last one, and whoever
+    comes next makes the same bytes."""
+    run = plan_tiny(tmp_path / "run")
+    for number, failpoint in enumerate(FAILPOINTS):
+        assert _killed(run, f"{failpoint}:{number}", number) == -signal.SIGKILL
+        assert (number in run.published()) == (failpoint == "published")
+        assert len(list(run.staging.iterdir())) == number + (failpoint != "published")
+        if number not in run.published():
+            Worker(run).make_shard(number)
+    assert run.missing() == []
+    assert main(["finalise", str(run.path)]) == 0
+    assert made(run) == undisturbed()
+    assert not run.staging.exists()
+    assert not list(verify(RunDir(run.path)))
+
+
+def _killed(run: RunDir, failpoint: str, number: int) -> int:
+    """The exit code of a worker process that is to die at a failpoint."""
+    child = os.fork()
+    if child == 0:
+        os.environ["BOOMGEN_FAILPOINT"] = failpoint
+        signal.alarm(60)
+        try:
+            Worker(run).make_shard(number)
+        finally:
+            os._exit(9)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+class Driver:
+    """`boomgen resume` as a process of its own, and its workers."""
+
+    def __init__(self, run: RunDir, *command: str, workers: int = 2) -> None:
+        self.run = run
+        line = command or ("boomgen", "resume", str(run.path), "--device", "cpu", "--workers", str(workers))
+        assert line[0] == "boomgen"
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *line],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def workers(self) -> list[int]:
+        """Pids of all processes but the driver that name the run's folder, the longest running first."""
+        found = []
+        for place in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if place.name.isdecimal() and str(self.run.path).encode() in (place / "cmdline").read_bytes():
+                    found.append((int((place / "stat").read_text().rpartition(")")[2].split()[19]), int(place.name)))
+        return [pid for _, pid in sorted(found) if pid != self.process.pid]
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        """Until something has come true on the disk."""
+        end = time.monotonic() + 120
+        while not done():
+            assert self.process.poll() is None, self.end()
+            assert time.monotonic() < end, "no progress"
+            time.sleep(0.005)
+
+    def wait_published(self, count: int) -> None:
+        self.wait_for(lambda: len(self.run.published()) >= count)
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=120)
+        return self.process.returncode, out, err
+
+    def no_orphan(self) -> bool:
+        """Whether all workers are gone, after a while at most."""
+        end = time.monotonic() + 30
+        while self.workers() and time.monotonic() < end:
+            time.sleep(0.05)
+        return not self.workers()
+
+
+def test_workers_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """Five workers SIGKILLed at random progress of one run: the driver goes on by itself to the same bytes, exit 0."""
+    run = plan_tiny(tmp_path / "run", **AUGMENT)
+    driver = Driver(run)
+    for _ in range(5):
+        driver.wait_published(len(run.published()) + 1)
+        driver.wait_for(lambda: bool(driver.workers()) and any(run.staging.iterdir()))
+        time.sleep(CHANCE.random() * 0.3)
+        os.kill(driver.workers()[0], signal.SIGKILL)
+    code, _, err = driver.end()
+    assert code == 0, err
+    assert 3 <= err.count("died with exit code -9") <= 5, err  # one without a shard in hand is not spoken of
+    assert made(run) == undisturbed(**AUGMENT)
+    assert not run.staging.exists()
+    assert driver.no_orphan()
+
+
+def test_all_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Driver and workers SIGKILLed five times at random progress. Each time `status` tells what is whole, what is
+    missing and the command that goes on; that very command goes on, in the end to the same bytes."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    next_command: tuple[str, ...] = ()
+    for _ in range(5):
+        driver = Driver(run, *next_command)
+        driver.wait_published(len(run.published()) + 1)
+        time.sleep(CHANCE.random() * 0.3)
+        for pid in (driver.process.pid, *driver.workers()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert driver.end()[0] == -signal.SIGKILL
+        assert driver.no_orphan()
+        whole = [number for number in range(13) if run.shard(number).is_dir()]
+        missing = ranges([number for number in range(13) if number not in whole])
+        capsys.readouterr()
+        assert main(["status", str(run.path)]) == 0
+        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+        assert lines["shards "].strip() == f"{len(whole)} of 13 whole, missing {missing}"
+        next_command = tuple(shlex.split(lines["next   "]))
+        assert next_command == ("boomgen", "resume", str(run.path))
+    code, _, err = Driver(run, *next_command).end()
+    assert code == 0, err
+    assert made(run) == undisturbed(**LONG)
+    assert not run.staging.exists()
+
+
+def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """SIGTERM or SIGINT to the driver: exit 75 in one line, no worker and nothing half-made is left. SIGKILL of the
+    driver alone: its workers end by themselves. Going on gives the same bytes."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+        driver = Driver(run)
+        driver.wait_published(len(run.published()) + 1)
+        driver.process.send_signal(sent)
+        code, out, err = driver.end()
+        assert driver.no_orphan()
+        if sent != signal.SIGKILL:
+            assert code == 75
+            assert out == ""
+            assert f"boomgen: stopped ({sent.name}); " in err.splitlines()[-1]
+        assert list(run.staging.iterdir()) == []
+    finish_missing(run)
+    assert made(run) == undisturbed(**LONG)
+
+
+def finish_missing(run: RunDir) -> None:
+    worker = Worker(run)
+    for number in run.missing():
+        worker.make_shard(number)
+    assert main(["finalise", str(run.path)]) == 0
+
+
+# Shards that fail --------------------------------------------------------------------------------------------------
+
+
+def test_poison_shard(plan_tiny: PlanTiny, boomgen: Any, tmp_path: Path) -> None:
+    """A shard that always fails is tried three times, the others are finished, and one line tells of it with exit 1;
+    once its cause is gone, resuming finishes with the bytes of an undisturbed run."""
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    run, calm = (plan_tiny(tmp_path / name, dataset=str(folder.parent), shard_size=8) for name in ("run", "calm"))
+    expected = made(finish(calm))
+    (folder / "07.png").rename(tmp_path / "away")
+    done = boomgen("resume", run.path, "--device", "cpu", "--workers", 1, check=False)
+    assert done.returncode == 1
+    (missing,) = run.missing()
+    *told, last = done.stderr.splitlines()
+    assert last.startswith(f"boomgen: 1 shards failed 3 times and were set aside; shard {missing}: FileNotFoundError")
+    assert last.endswith(f"; see boomgen logs {run.path}")
+    assert [line.partition(":")[0] for line in told] == [f"shard {missing}"] * 3
+    assert (run.logs / "worker-000.log").read_text().count("Traceback") == 3
+    assert list(run.staging.iterdir()) == []
+    (tmp_path / "away").rename(folder / "07.png")
+    boomgen("resume", run.path)
+    assert made(run) == expected
+
+
+SICK = """#!{python}
+import os, sys
+def say(text): os.write(1, text.encode() + b"\\n")
+say('{{"kind": "ready", "shard": -1}}')
+for line in sys.stdin:
+    shard = int(line)
+    open({log!r}, "a").write(f"{{os.getpid()}} {{shard}}\\n")
+    {what}
+    say('{{"kind": "done", "shard": %d, "rows": 1, "ok": 1}}' % shard)
+"""
+DIES = "if shard == 2: os.kill(os.getpid(), 9)"
+FAILS = """if shard == 2:
+        say('{{"kind": "failed", "shard": 2, "text": "CUDA error"}}')
+        sys.exit(1)"""
+
+
+@pytest.mark.parametrize(("what", "told"), [(DIES, "died with exit code -9"), (FAILS, "CUDA error")])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_sick_device(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, told: str, workers: int
+) -> None:
+    """A shard that kills its worker, or breaks its device for good, costs three workers and no other shard a try: the
+    worker here is a stand-in that breaks on purpose, in a process of its own."""
+    from boomgen.engines.local import LocalEngine
+
+    run, log = plan_tiny(tmp_path / "run"), tmp_path / "log"
+    stand_in = tmp_path / "python"
+    stand_in.write_text(
+        SICK.format(python=sys.executable, log=str(log), what=what.replace("{{", "{").replace("}}", "}"))
+    )
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    events = []
+    with pytest.raises(BoomgenError, match=f"1 shards failed 3 times and were set aside; shard 2: .*{told}"):
+        events += LocalEngine(run, ["cpu"] * workers, 1).run(range(7)) or events
+    tries = [line.split() for line in log.read_text().splitlines()]
+    assert sorted(int(shard) for _, shard in tries) == [0, 1, 2, 2, 2, 3, 4, 5, 6]
+    assert len({pid for pid, shard in tries if shard == "2"}) == 3
+
+
+def test_failure_of_the_device_ends_the_worker(capsys: pytest.CaptureFixture[str]) -> None:
+    """A failed read leaves the worker ready for more; any other failure ends it, so that a fresh one starts."""
+    from boomgen.engines.local import _serve_shard
+
+    class Failing:
+        def __init__(self, failure: Exception) -> None:
+            self.failure = failure
+
+        def make_shard(self, shard: int, tick: Any) -> None:
+            raise self.failure
+
+    said: list[Any] = []
+    _serve_shard(Failing(OSError("disk\nmore")), 3, lambda *what, **more: said.append((*what, more)))
+    assert said == [("failed", 3, {"text": "OSError: disk"}), ("ready", {})]
+    said.clear()
+    with pytest.raises(SystemExit):
+        _serve_shard(Failing(RuntimeError("CUDA error")), 3, lambda *what, **more: said.append((*what, more)))
+    assert said == [("failed", 3, {"text": "RuntimeError: CUDA error"})]
+    assert capsys.readouterr().err.count("Traceback") == 2
+
+
+def test_workers_that_cannot_start(plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that die while starting are tried three times, then it is one line that names the log."""
+    from boomgen.engines.local import LocalEngine
+
+    run = plan_tiny(tmp_path / "run")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(BoomgenError, match=rf"workers die while starting \(exit 1\); see {run.logs}"):
+        list(LocalEngine(run, ["cpu"], 1).run(range(7)))
+
+
+# A run folder that is opened again ---------------------------------------------------------------------------------
+
+
+def test_finished_run_is_left_alone(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    """Resuming a finished run exits 0, loads no torch and changes no file."""
+    run = finish(plan_tiny(tmp_path / "run"))
+    before = tree(run.path)
+    code = (
+        "import sys; from boomgen.cli import main; code = main(sys.argv[1:]); "
+        "sys.exit(code or ('torch' in sys.modules and 9))"
+    )
+    subprocess.run([sys.executable, "-c", code, "resume", str(run.path)], check=True, capture_output=True)
+    assert tree(run.path) == before
+
+
+def test_other_settings_are_refused(
+    plan_tiny: PlanTiny, tiny_model: Path, tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run folder opened with other settings: exit 2, each that differs is named with both values, nothing changes."""
+    run = plan_tiny(tmp_path / "run", **AUGMENT)
+    job, before = run.plan.job, tree(run.path)
+    model = shutil.copytree(tiny_model, tmp_path / "other-model")
+    source = shutil.copytree(tiny_source, tmp_path / "other-source")
+    others = {"t_boom": "0.5", "seed": 6, "eta": 0.5, "model": str(model), "dataset": str(source), "variants": 2}
+    for changes in (*({name: value} for name, value in others.items()), others):
+        assert main(_command(job, run.path, verb="augment", **changes)) == 2
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        told = captured.err.partition("was planned with ")[2].partition("; use another --out")[0].split(", ")
+        assert sorted(told) == sorted(f"{name} {getattr(job, name)} (now {value})" for name, value in changes.items())
+        assert tree(run.path) == before
+    assert main(_command(job, run.path, verb="anonymize", eta=1.0)) == 2
+    assert "mode augment (now anonymize)" in capsys.readouterr().err
+    assert tree(run.path) == before
+
+
+def test_environment_class(plan_tiny: PlanTiny, tiny_source: Path, tmp_path: Path, boomgen: Any) -> None:
+    """A run planned for another CPU capability is refused here, with the setting named; --allow-mixed runs it, and the
+    done records tell what it ran on."""
+    run = tmp_path / "run"
+    job = plan_tiny(tmp_path / "here", limit=16).plan.job
+    other = os.environ | {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
+    boomgen(*_command(job, run, "--limit", "16", verb="plan"), env=other)
+    here, there = env.environment("cpu"), RunDir(run).plan.environment
+    assert there == here | {"cpu_capability": "DEFAULT"} != here
+    done = boomgen("resume", run, "--workers", 1, check=False)
+    assert done.returncode == 1
+    line = f"this device is not of the planned class: cpu_capability DEFAULT (here {here['cpu_capability']}); "
+    assert done.stderr.splitlines()[-1].startswith(f"boomgen: {line}")
+    assert RunDir(run).missing() == [0]
+    boomgen("resume", run, "--workers", 1, "--allow-mixed")
+    assert unseal((run / "shards" / "00000" / "done.json").read_bytes())["environment"] == here
+    assert not list(verify(RunDir(run)))
