@@ -6,7 +6,7 @@ t_boom returns nearly the same image; at t_boom = 1 nothing of it is left.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -27,35 +27,26 @@ def forward(x0: Tensor, k: int, levels: Levels, noise: Noise) -> Tensor:
     return float(levels.a[k]) * x0 + float(levels.s[k]) * eps
 
 
-def step(x_t: Tensor, x0h: Tensor, t: int, u: int, levels: Levels, eta: float, noise: Noise) -> Tensor:
-    """From level t to level u < t, given the predicted clean state x0h.
+def step(x_t: Tensor, x0h: Tensor, t: int, levels: Levels, eta: float, noise: Noise) -> Tensor:
+    """x_u from x_t for u = t - 1, given the predicted clean state x0h.
 
     eta = 1 is the paper's reverse step (variance beta-tilde), eta = 0 is DDIM, between them FastDPM's kappa.
     """
-    a, s = levels.a, levels.s
+    u = t - 1
     if u == 0:
         return x0h
-    tau = 1 - float(a[t] * s[u] / (a[u] * s[t])) ** 2
-    e = (x_t - float(a[t]) * x0h) / float(s[t])
-    x_u = float(a[u]) * x0h + float(s[u]) * math.sqrt(1 - eta**2 * tau) * e
-    if eta:
-        x_u = x_u + float(s[u]) * eta * math.sqrt(tau) * noise(Stream.STEP, u)
-    return x_u
-
-
-def chain(
-    x0: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, eta: float = 1.0
-) -> Iterator[Tensor]:
-    """The states x_k, x_{k-1}, ..., x_0 of one Boomerang run, shape (B, ...), fp32. k = 0 gives x0 itself."""
-    x = forward(x0, k, levels, noise) if k else x0
-    yield x
-    for t in range(k, 0, -1):
-        x = step(x, predict_x0(x, t), t, t - 1, levels, eta, noise)
-        yield x
+    a_t, s_t, a_u, s_u = (float(value) for value in (levels.a[t], levels.s[t], levels.a[u], levels.s[u]))
+    tau = 1 - (a_t * s_u / (a_u * s_t)) ** 2
+    e = (x_t - a_t * x0h) / s_t
+    x_u = a_u * x0h + s_u * math.sqrt(1 - eta**2 * tau) * e
+    return x_u + s_u * eta * math.sqrt(tau) * noise(Stream.STEP, u) if eta else x_u
 
 
 def boomerang(x0: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, eta: float = 1.0) -> Tensor:
-    """A sample near x0, shape (B, ...): noised to level k of 0..S and brought back (Algorithm 1)."""
-    for x in chain(x0, k, levels, predict_x0, noise, eta):  # noqa: B007 - the last state is the sample
-        pass
+    """A sample near x0, shape (B, ...), fp32: noised to level k of 0..S and brought back (Algorithm 1)."""
+    if k == 0:
+        return x0
+    x = forward(x0, k, levels, noise)
+    for t in range(k, 0, -1):
+        x = step(x, predict_x0(x, t), t, levels, eta, noise)
     return x

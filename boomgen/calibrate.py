@@ -12,7 +12,6 @@ def calibrate(run: RunDir) -> dict[str, str]:
     from boomgen.models.pixel_unet import example_inputs
     from boomgen.worker import Worker
 
-    torch.set_num_threads(1)
     plan, worker = run.plan, Worker(run)
     inputs = example_inputs(plan.model, plan.network.batch_size, worker.device)
     with torch.inference_mode():

@@ -1,6 +1,5 @@
 """From a job to a finished data set on one machine: plan, hand out, finalise, tell."""
 
-import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -49,9 +48,7 @@ def resume(run: RunDir, launch: Launch) -> Status:
 def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
     kind, workers = env.choose_device(launch.model_copy(update=_as_planned(run, launch)))
     devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(asked) if asked.isdecimal() else max(1, env.cores() // workers)
-    engine = LocalEngine(run, devices, threads, launch.allow_mixed)
+    engine = LocalEngine(run, devices, launch.allow_mixed)
     with _closing(engine.run(missing)) as events:
         show(run.plan, missing, events)
 

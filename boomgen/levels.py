@@ -6,9 +6,10 @@ All arithmetic is float64; `t` is what the network is told at each level.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -32,6 +33,11 @@ class Levels:
     t: Floats
     of_step: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        signal = self.a**2 / (self.a**2 + self.s**2)
+        if (self.a[0], self.s[0]) != (1, 0) or not (np.diff(signal) < 0).all():
+            raise ValueError("levels must begin at the clean state and lose signal at every step")
+
     @property
     def count(self) -> int:
         """S, the level of pure noise."""
@@ -47,8 +53,8 @@ class Levels:
         return float(self.a[k] ** 2 / (self.a[k] ** 2 + self.s[k] ** 2))
 
     def level(self, t_boom: Fraction) -> int:
-        """The level of a t_boom in [0, 1]: exact where t_boom * steps is whole, else the nearest."""
-        step = round(t_boom * self.steps)
+        """The level of a t_boom in [0, 1]: exact where t_boom * steps is whole, else the nearest (halves go up)."""
+        step = math.floor(t_boom * self.steps + Fraction(1, 2))
         if step == 0 and t_boom > 0:
             raise UsageError(
                 f"t_boom {float(t_boom):g} of {self.steps} steps is less than half a step; "
@@ -62,14 +68,12 @@ def parse_t_boom(text: str) -> tuple[Fraction, int | None]:
 
     Decimals are converted as decimals: 0.29 of 100 steps is 29, which int(0.29 * 100) is not.
     """
-    try:
-        if "/" in text:
-            level, steps = (int(part) for part in text.split("/"))
-            value, fixed = Fraction(level, steps), steps
-        else:
-            value, fixed = Fraction(Decimal(text)), None
-    except (ValueError, InvalidOperation, ZeroDivisionError, OverflowError) as err:
-        raise UsageError(f"t_boom {text!r} is not a level; expected a number in [0, 1] or a level as 40/100") from err
+    level = re.fullmatch(r"([+-]?\d{1,9})/([+-]?\d{1,9})", text.strip(), re.ASCII)
+    number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,3})?", text.strip(), re.ASCII | re.IGNORECASE)
+    if not (number or (level and int(level[2]))):
+        raise UsageError(f"t_boom {text!r} is not a level; expected a number in [0, 1] or a level as 40/100")
+    value = Fraction(int(level[1]), int(level[2])) if level else Fraction(Decimal(text.strip()))
+    fixed = int(level[2]) if level else None
     if not 0 <= value <= 1 or (fixed is not None and fixed < 1):
         raise UsageError(f"t_boom {text} is outside the chain; expected 0 (the source) to 1 (purely synthetic)")
     return value, fixed
@@ -78,7 +82,7 @@ def parse_t_boom(text: str) -> tuple[Fraction, int | None]:
 def spaced(trained: int, steps: int, rule: str = "even") -> list[int]:
     """The trained indices (0-based, ascending, possibly repeated) of a chain of `steps` levels.
 
-    even: round(i (T-1) / (S-1)), as ADM and Patched Diffusion space their chains. fastdpm-linear and
+    even: round(i (T-1) / (S-1)), the spacing of Patched Diffusion's 250-step chains. fastdpm-linear and
     fastdpm-quadratic: the STEP rules of FastDPM (Kong & Ping 2021), floor(i (T-1) / (S-1)) and
     int(linspace(0, sqrt(0.8 T), S)^2).
     """

@@ -41,8 +41,6 @@ class _Generator(threading.local):
     def fill(self, out: NDArray[np.float32], key: Key, draw: int, stream: int, step: int) -> None:
         inner = self.state["state"]
         inner["key"], inner["counter"] = address(key, draw, stream, step)
-        self.state["buffer_pos"] = 4  # nothing buffered: the next number starts a fresh block
-        self.state["has_uint32"] = 0
         self.bits.state = self.state
         self.normal(dtype=np.float32, out=out)
 

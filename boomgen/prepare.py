@@ -82,7 +82,7 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
     if HUB_ID.fullmatch(job.dataset):
         return job.dataset
     if preset:
-        raise UsageError(f"{preset.name} is not on the Hugging Face Hub; {preset.note or 'pass --data-dir'}")
+        raise UsageError(f"{preset.name} needs --data-dir DIR: {preset.note or 'no copy on the Hub is known'}")
     raise UsageError(
         f"no data set {job.dataset!r}{catalog.suggest(job.dataset, catalog.datasets())}; expected a name "
         "(boomgen datasets), an existing folder or .tar, or owner/name on the Hugging Face Hub"

@@ -100,10 +100,14 @@ class ShardWriter:
         self.number, self.final = number, shards / f"{number:05d}"
         self.folder = staging / f"{number:05d}-{uuid.uuid4().hex[:12]}"
         shards.mkdir(exist_ok=True)
-        self.folder.mkdir(parents=True)
-        self._file: IO[bytes] = (self.folder / TAR).open("wb")
-        self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-        failpoint("staged", number)
+        try:
+            self.folder.mkdir(parents=True)
+            self._file: IO[bytes] = (self.folder / TAR).open("wb")
+            self._tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+            failpoint("staged", number)
+        except BaseException:  # nobody holds this writer yet to abandon it
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def row(self, key: str, members: Mapping[str, bytes]) -> None:
         """Add one sample: file extension -> content."""

@@ -120,11 +120,8 @@ def _same(one: Path, other: Path) -> bool:
 
 def remake(run: RunDir, count: int) -> Iterator[str]:
     """Make `count` random rows again, each in its whole batch, and compare all of it. One line per difference."""
-    import torch
-
     from boomgen.worker import Worker
 
-    torch.set_num_threads(1)
     worker = Worker(run)
     chosen = sorted(random.sample(range(run.plan.rows), min(count, run.plan.rows)))
     places = [divmod(row, run.plan.shard_size) for row in chosen]

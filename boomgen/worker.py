@@ -79,6 +79,7 @@ class Worker:
                 f"this device is not of the planned class: {differs}; run on the planned class, plan anew here, or "
                 "accept other bytes with --allow-mixed"
             )
+        torch.set_num_threads(1)  # the number of threads decides bits: torch cuts and dispatches kernels by it
         self.secret, self.index, self.source = run.secret, run.index, _open(self.plan.source)
         self.levels = self.plan.chain.levels
         classes = self.plan.network.classes

@@ -1,11 +1,14 @@
 """Small real things that many tests share: a model folder that diffusers saved, IDX files, planned runs."""
 
 import fcntl
-import gzip
 import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on shared cores, spinning threads are 100x slower
+
+import gzip
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +73,16 @@ def secret_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("secret") / "secret"
     path.write_text(SECRET.hex() + "\n")
     return path
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch as a worker has it; a test that sets another number leaves it to no other."""
+    import torch
+
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
 
 
 PlanTiny = Callable[..., RunDir]

@@ -1,75 +1,20 @@
-"""Boomerang is Algorithm 1: right in closed form, equal to diffusers' schedulers, local, and a function of its own row.
-
-Sources: DESIGN.md (The mathematics; How we know that it is right), notes/diffusion-systems.md sections 1, 3 and 9.
-"""
-
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on shared cores, spinning threads are 100x slower
+"""Boomerang is Algorithm 1: right in closed form, local, and a function of its own row."""
 
 import math
-from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
 from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
-from diffusers.schedulers import scheduling_ddpm, scheduling_euler_ancestral_discrete
 
-from boomgen.boomerang import boomerang, chain, forward
+from boomgen.boomerang import boomerang, forward
 from boomgen.keys import noise_key
 from boomgen.levels import Levels, flow, respaced, spaced, variance_exploding
 from boomgen.noise import Stream, normal
 
-ABAR = np.cumprod(1 - np.linspace(1e-4, 0.02, 1000))
-FAMILIES = {
-    "vp": lambda steps: respaced(ABAR, spaced(1000, steps)),
-    "ve": lambda steps: variance_exploding(np.geomspace(0.01, 50, steps)),
-    "flow": lambda steps: flow(np.linspace(0, 1, steps + 1)[1:]),
-}
-KEYS = [noise_key(b"boomerang" + bytes(23), f"image {i}", 0) for i in range(4)]
-
-
-@pytest.fixture(autouse=True)
-def _threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Noise:
-    """The package's keyed noise for a batch, which remembers the addresses that were asked for."""
-
-    def __init__(self, keys, shape):
-        self.keys, self.shape, self.asked = keys, shape, []
-
-    def __call__(self, stream, step):
-        self.asked.append((stream, step))
-        return torch.from_numpy(normal(self.keys, stream, step, self.shape))
-
-
-def curved(levels: Levels):
-    """A fixed denoiser that is not linear, mixes the pixels of an image and knows its level."""
-
-    def predict_x0(x, k):
-        scale = float(levels.a[k] + levels.s[k])
-        return torch.tanh(x.roll(1, -1) / scale + 0.3 * x / scale + 0.1 * math.sin(k))
-
-    return predict_x0
-
-
-def images(seed, batch=4, shape=(3, 8, 8)):
-    return torch.rand((batch, *shape), generator=torch.Generator().manual_seed(seed)) * 2 - 1
-
+from .chains import ABAR, FAMILIES, KEYS, Noise, curved, images, predictor
 
 # -------------------------------------------------------------------------------- closed form: Gaussian data N(0, v)
 
@@ -164,7 +109,7 @@ def test_exact_law_of_coarse_chains(family, steps, k, eta):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_deterministic_reverse_is_more_local(family):
-    """corr falls from eta = 0 to eta = 1, strictly, at each level: the sampler changes the anonymity (notes, 0.7)."""
+    """corr falls from eta = 0 to eta = 1, strictly, at each level: the sampler changes the anonymity."""
     levels = FAMILIES[family](100)
     for k in (20, 40, 80):
         laws = [exact_law(levels, k, eta, V) for eta in (0, 0.25, 0.5, 0.75, 1)]
@@ -208,166 +153,6 @@ def test_families_are_one_chain_in_other_units(eta):
     assert torch.allclose(samples[0], samples[2], atol=2e-5)
 
 
-# ------------------------------------------------------------------------- equality with the schedulers of diffusers
-
-
-@pytest.fixture(scope="module")
-def net():
-    """A small random noise-predicting network; (x, trained t) -> eps."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    ).eval()
-
-    def eps(x, t):
-        with torch.inference_mode():
-            return unet(x, torch.tensor(float(t))).sample
-
-    return eps
-
-
-def predictor(net, levels, clip):
-    def predict_x0(x, k):
-        x0h = (x - float(levels.s[k]) * net(x, levels.t[k])) / float(levels.a[k])
-        return x0h.clamp(-1, 1) if clip else x0h
-
-    return predict_x0
-
-
-def respaced_betas(levels):
-    """The betas whose cumulative products are the abar of `levels`; index i of them is level i + 1."""
-    return (1 - (levels.a[1:] / levels.a[:-1]) ** 2).tolist()
-
-
-def draws(noise, k):
-    """What the scheduler's own draws return: z of level k - 1, ..., and level 0's, which is to have no effect."""
-    return iter([noise(Stream.STEP, u) for u in range(k - 1, -1, -1)])
-
-
-def ddpm(net, x0, k, levels, noise, eta, clip, monkeypatch):
-    """Custom timesteps on the trained chain, fixed_small."""
-    scheduler = DDPMScheduler(beta_end=0.02, variance_type="fixed_small", clip_sample=clip)
-    scheduler.set_timesteps(timesteps=[int(t) for t in levels.t[:0:-1]])
-    zs = draws(noise, k)
-    monkeypatch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, **__: next(zs))
-    timesteps = scheduler.timesteps[levels.count - k :]
-    x = scheduler.add_noise(x0, noise(Stream.FORWARD, 0), timesteps[:1])
-    for t in timesteps:
-        x = scheduler.step(net(x, t), t, x).prev_sample
-    assert next(zs) is not None, "the last step draws nothing"
-    return x
-
-
-def ddim(net, x0, k, levels, noise, eta, clip, monkeypatch):
-    """A chain of respaced betas, with the network told the trained index."""
-    scheduler = DDIMScheduler(
-        levels.count, trained_betas=respaced_betas(levels), clip_sample=clip, timestep_spacing="linspace"
-    )
-    scheduler.set_timesteps(levels.count)
-    zs = draws(noise, k)
-    x = scheduler.add_noise(x0, noise(Stream.FORWARD, 0), torch.tensor([k - 1]))
-    for t in scheduler.timesteps[levels.count - k :].tolist():
-        eps = net(x, levels.t[t + 1])
-        step = scheduler.step(eps, t, x, eta=eta, use_clipped_model_output=True, variance_noise=next(zs))
-        x = step.prev_sample
-    return x
-
-
-def euler_ancestral(net, x0, k, levels, noise, eta, clip, monkeypatch):
-    """Variance-exploding units: its state is x / a, on the sigmas of the respaced chain."""
-    scheduler = EulerAncestralDiscreteScheduler(levels.count, trained_betas=respaced_betas(levels))
-    scheduler.set_timesteps(levels.count)
-    scheduler.set_begin_index(levels.count - k)
-    zs = draws(noise, k)
-    monkeypatch.setattr(scheduling_euler_ancestral_discrete, "randn_tensor", lambda *_, **__: next(zs))
-    timesteps = scheduler.timesteps[levels.count - k :]
-    x = scheduler.add_noise(x0, noise(Stream.FORWARD, 0), timesteps[:1])
-    for t in timesteps:
-        eps = net(scheduler.scale_model_input(x, t), levels.t[int(t) + 1])
-        x = scheduler.step(eps, t, x).prev_sample
-    assert next(zs, None) is None
-    return x
-
-
-def sde_dpm_first_order(net, x0, k, levels, noise, eta, clip, monkeypatch):
-    scheduler = DPMSolverMultistepScheduler(
-        levels.count, trained_betas=respaced_betas(levels), algorithm_type="sde-dpmsolver++", solver_order=1
-    )
-    scheduler.set_timesteps(timesteps=list(range(levels.count - 1, -1, -1)))
-    scheduler.set_begin_index(levels.count - k)
-    zs = draws(noise, k)
-    timesteps = scheduler.timesteps[levels.count - k :]
-    x = scheduler.add_noise(x0, noise(Stream.FORWARD, 0), timesteps[:1])
-    for t in timesteps:
-        x = scheduler.step(net(x, levels.t[int(t) + 1]), t, x, variance_noise=next(zs)).prev_sample
-    return x
-
-
-@pytest.mark.parametrize("rule", ["fastdpm-linear", "fastdpm-quadratic"])
-@pytest.mark.parametrize(
-    ("scheduler", "eta", "clip"),
-    [
-        (ddpm, 1.0, False),
-        (ddpm, 1.0, True),
-        (ddim, 1.0, False),
-        (ddim, 1.0, True),
-        (ddim, 0.5, False),
-        (ddim, 0.5, True),
-        (ddim, 0.0, False),
-        (ddim, 0.0, True),
-        (euler_ancestral, 1.0, False),
-        (sde_dpm_first_order, 1.0, False),
-    ],
-)
-def test_equals_diffusers(net, monkeypatch, scheduler, eta, clip, rule):
-    """Boomerang 40/100 of a network is the chain of four schedulers that others wrote, fed the same noise: to 5e-5."""
-    levels = respaced(ABAR, spaced(1000, 100, rule))
-    k, x0 = levels.level(Fraction(40, 100)), images(1, 2)
-    ours = boomerang(x0, k, levels, predictor(net, levels, clip), Noise(KEYS[:2], (3, 8, 8)), eta)
-    theirs = scheduler(net, x0, k, levels, Noise(KEYS[:2], (3, 8, 8)), eta, clip, monkeypatch)
-    assert (ours - x0).abs().max() > 0.1, "the chain moved the image"
-    assert (ours - theirs).abs().max() < 5e-5 * max(1, ours.abs().max())
-
-
-@pytest.mark.parametrize("k", [1, 15, 40])
-def test_ve_levels_equal_euler(k):
-    """VE levels at eta = 0 are the Euler method of EDM on the same sigmas (state x0 + sigma eps)."""
-    scheduler = EulerDiscreteScheduler()
-    scheduler.set_timesteps(50)
-    levels = variance_exploding(scheduler.sigmas.double().numpy()[-2::-1])
-    predict, noise = curved(levels), Noise(KEYS, (3, 8, 8))
-    scheduler.set_begin_index(50 - k)
-    x = scheduler.add_noise(images(2), noise(Stream.FORWARD, 0), scheduler.timesteps[50 - k :][:1])
-    for i, t in enumerate(scheduler.timesteps[50 - k :]):
-        scheduler.is_scale_input_called = True  # our denoiser takes x itself
-        level = k - i
-        x = scheduler.step((x - predict(x, level)) / float(levels.s[level]), t, x).prev_sample
-    ours = boomerang(images(2), k, levels, predict, noise, eta=0)
-    assert (ours - x).abs().max() < 5e-5
-
-
-@pytest.mark.parametrize("k", [1, 15, 40])
-@pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_flow_levels_equal_flow_match_euler(k, shift):
-    """Flow levels at eta = 0 are the ODE of SD3 and Flux, with their shift."""
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
-    scheduler.set_timesteps(50)
-    levels = flow(scheduler.sigmas.double().numpy()[-2::-1])
-    predict, noise = curved(levels), Noise(KEYS, (3, 8, 8))
-    timesteps = scheduler.timesteps[50 - k :]
-    scheduler.set_begin_index(50 - k)
-    x = scheduler.scale_noise(images(3), timesteps[:1], noise(Stream.FORWARD, 0))
-    for i, t in enumerate(timesteps):
-        x = scheduler.step((x - predict(x, k - i)) / float(levels.s[k - i]), t, x).prev_sample
-    ours = boomerang(images(3), k, levels, predict, noise, eta=0)
-    assert (ours - x).abs().max() < 5e-5
-
-
 # ------------------------------------------------------------------------------------- the ends of the chain, noise
 
 
@@ -404,12 +189,18 @@ def test_noise_does_not_depend_on_t_boom(family, eta):
     eps = Noise(KEYS, (3, 8, 8))(Stream.FORWARD, 0)
     for k in range(1, 21):
         noise = Noise(KEYS, (3, 8, 8))
-        states = list(chain(images(0), k, levels, curved(levels), noise, eta))
-        assert len(states) == k + 1
+        states = []
+
+        def watched(x, t, states=states, levels=levels):
+            states.append(x)
+            return curved(levels)(x, t)
+
+        last = boomerang(images(0), k, levels, watched, noise, eta)
+        assert len(states) == k
         assert noise.asked == [(Stream.FORWARD, 0), *((Stream.STEP, u) for u in range(k - 1, 0, -1) if eta)]
         signal = float(levels.a[k]) * images(0) if k < 20 else 0
         assert torch.allclose((states[0] - signal) / float(levels.s[k]), eps, rtol=1e-5, atol=1e-4)
-        assert torch.equal(states[-1], curved(levels)(states[-2], 1)), "the last state is the predicted clean one"
+        assert torch.equal(last, curved(levels)(states[-1], 1)), "the last state is the predicted clean one"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -465,8 +256,8 @@ ROWS = {  # a batch of each size, and others of that size which hold row 2 alone
 
 @pytest.mark.parametrize(("threads", "batch"), [(1, 3), (1, 4), (1, 6), (2, 4)])
 def test_a_row_does_not_depend_on_its_neighbours(rows_of, threads, batch):
-    """At one batch shape, alone in a padded batch, in a full one, moved, repeated: the same bits (promise 1; notes,
-    section 9). The state stays fp32 around a half-precision network."""
+    """At one batch shape, alone in a padded batch, in a full one, moved, repeated: the same bits. The state stays
+    fp32 around a half-precision network."""
     torch.set_num_threads(threads)
     seen = {}
     for rows in ROWS[batch]:
@@ -485,35 +276,3 @@ def test_threads_change_little(rows_of):
         torch.set_num_threads(threads)
         results.append(rows_of([0, 1, 2, 3]))
     assert max((result - results[0]).abs().max() for result in results) < 1e-3
-
-
-only_fp32 = pytest.mark.parametrize("rows_of", [(torch.float32, 32)], indirect=True, ids=["fp32"])
-
-
-@only_fp32
-@pytest.mark.xfail(
-    strict=True,
-    reason="torch runs a 1x1 convolution (fp32, batch < 16) by other kernels on one thread than on several: the thread "
-    "count must be fixed by the plan or be part of the environment class",
-)
-def test_defect_of_promise_1_two_threads_give_other_bits_than_one(rows_of):
-    """DESIGN.md promises the same bytes whatever the thread count."""
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(rows_of([0, 1, 2, 3]))
-    assert torch.equal(*results)
-
-
-@only_fp32
-@pytest.mark.xfail(
-    strict=True,
-    reason="three threads cut SiLU's elements at places that are no multiple of the vector width; the scalar rest of a "
-    "cut has other last bits. One thread per CPU worker avoids it",
-)
-def test_defect_of_promise_1_on_three_threads_a_row_depends_on_its_place(rows_of):
-    """DESIGN.md: 'a sample's result does not depend on its neighbours, position or threads'."""
-    torch.set_num_threads(3)
-    first, *others = rows_of([2, 2, 2, 2])
-    # the same source and noise in all four places
-    assert all(torch.equal(first, other) for other in others)

@@ -32,7 +32,8 @@ from .finished import finish
 Bytes = dict[str, str]
 CHANCE = random.Random(20)
 LONG = {"steps": 200, "shard_size": 8}  # 13 shards of one batch, 80 network calls each: about a second
-AUGMENT = {"mode": "augment", "variants": 3, "seed": 5, "limit": 40, "steps": 100, "shard_size": 8}
+AUGMENT = {"mode": "augment", "variants": 3, "seed": 5, "limit": 40, "shard_size": 8}
+KILLED = AUGMENT | {"steps": 100}
 
 
 def made(run: RunDir) -> Bytes:
@@ -208,7 +209,7 @@ class Driver:
 
 def test_workers_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
     """Five workers SIGKILLed at random progress of one run: the driver goes on by itself to the same bytes, exit 0."""
-    run = plan_tiny(tmp_path / "run", **AUGMENT)
+    run = plan_tiny(tmp_path / "run", **KILLED)
     driver = Driver(run)
     for _ in range(5):
         driver.wait_published(len(run.published()) + 1)
@@ -218,7 +219,7 @@ def test_workers_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -
     code, _, err = driver.end()
     assert code == 0, err
     assert 3 <= err.count("died with exit code -9") <= 5, err  # one without a shard in hand is not spoken of
-    assert made(run) == undisturbed(**AUGMENT)
+    assert made(run) == undisturbed(**KILLED)
     assert not run.staging.exists()
     assert driver.no_orphan()
 
@@ -241,9 +242,9 @@ def test_all_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsy
         missing = ranges([number for number in range(13) if number not in whole])
         capsys.readouterr()
         assert main(["status", str(run.path)]) == 0
-        lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-        assert lines["shards "].strip() == f"{len(whole)} of 13 whole, missing {missing}"
-        next_command = tuple(shlex.split(lines["next   "]))
+        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+        assert lines["shards"] == f"{len(whole)} of 13 whole, missing {missing}"
+        next_command = tuple(shlex.split(lines["next"]))
         assert next_command == ("boomgen", "resume", str(run.path))
     code, _, err = Driver(run, *next_command).end()
     assert code == 0, err
@@ -405,7 +406,9 @@ def test_other_settings_are_refused(
         captured = capsys.readouterr()
         assert captured.out == ""
         told = captured.err.partition("was planned with ")[2].partition("; use another --out")[0].split(", ")
-        assert sorted(told) == sorted(f"{name} {getattr(job, name)} (now {value})" for name, value in changes.items())
+        names = [f"{name} {getattr(job, name)} (now {value})" for name, value in changes.items()]
+        names += [f"source {tiny_source} (now {source})"] if "dataset" in changes else []
+        assert sorted(told) == sorted(names)
         assert tree(run.path) == before
     assert main(_command(job, run.path, verb="anonymize", eta=1.0)) == 2
     assert "mode augment (now anonymize)" in capsys.readouterr().err

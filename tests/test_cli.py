@@ -49,7 +49,7 @@ def modules_after(*args: Any, cwd: Path) -> tuple[subprocess.CompletedProcess[st
 
 
 def test_the_first_command_without_its_gpus_is_one_line_and_leaves_no_folder(tmp_path: Path) -> None:
-    command = "anonymize --dataset imagenet --t-boom 0.3 --gpus 8".split()
+    command = ["anonymize", "--dataset", "imagenet", "--t-boom", "0.3", "--gpus", "8"]
     done, modules = modules_after(*command, cwd=tmp_path)
     import torch
 
@@ -75,7 +75,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for name in "anonymize augment resume status verify plan run logs finalise sweep models datasets doctor".split():
+    commands = "anonymize augment resume status verify plan run logs finalise sweep models datasets doctor"
+    for name in commands.split(" "):
         assert re.search(rf"^    {name}\s", text, re.MULTILINE)
 
 
@@ -84,8 +85,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (
             ["anonymize", "--dataset", "imagent"],
-            "no data set 'imagent', did you mean imagenet or imagenet-200?; expected a name (boomgen datasets), an existing "
-            "folder or .tar, or owner/name on the Hugging Face Hub",
+            "no data set 'imagent', did you mean imagenet or imagenet-200?; expected a name (boomgen datasets), "
+            "an existing folder or .tar, or owner/name on the Hugging Face Hub",
         ),
         (
             ["anonymize", "--dataset", "fashion-sample", "--model", "fashion-pached-ddpm"],
@@ -94,8 +95,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["anonymize", "--dataset", "lfw"],
-            "lfw is not on the Hugging Face Hub; No official copy on the Hub; give a local folder with one sub-folder per "
-            "person by --data-dir.",
+            "lfw needs --data-dir DIR: No official copy on the Hub; give a local folder with one sub-folder per person by "
+            "--data-dir.",
         ),
         (
             ["anonymize", "--dataset", "fashion-sample", "--t-boom", "1.5"],

@@ -1,4 +1,4 @@
-"""Every kind of source, from job to data set; at t_boom = 0 each output is its source, pixel for pixel, label for label."""
+"""Every kind of source, from job to data set; at t_boom = 0 each output is its source, pixels and label."""
 
 import io
 import tarfile

@@ -34,7 +34,7 @@ def test_the_wheel_does_the_job_outside_the_checkout(installed: Path, tmp_path: 
         cwd=tmp_path,
     ).stdout
     assert Path(found.strip()).is_relative_to(installed.parent)
-    small = "--limit 16 --steps 10 --batch-size 8 --device cpu --workers 1 --out run".split()
+    small = ["--limit", "16", "--steps", "10", "--batch-size", "8", "--device", "cpu", "--workers", "1", "--out", "run"]
     subprocess.run([installed / "boomgen", "run", "quickstart", *small], check=True, capture_output=True, cwd=tmp_path)
     done = subprocess.run(
         [installed / "boomgen", "verify", "run"], check=True, capture_output=True, text=True, cwd=tmp_path

@@ -1,4 +1,4 @@
-"""Levels keep the noise of the trained chain exactly; t_boom means the level it says (DESIGN.md, The mathematics)."""
+"""Levels keep the noise of the trained chain exactly; t_boom means the level it says."""
 
 import itertools
 import math
@@ -157,7 +157,7 @@ def test_noise_grows_from_level_to_level():
 
 
 def test_even_spacing_of_250():
-    """Patched Diffusion's T = 250: the indices round(i * 999 / 249) (notes, section 2)."""
+    """Patched Diffusion's T = 250: the indices round(i * 999 / 249)."""
     assert spaced(1000, 250) == [round(i * 999 / 249) for i in range(250)]
 
 
@@ -201,7 +201,7 @@ def test_fastdpm_linear_reaches_the_last_level(steps):
 
 
 def test_fastdpm_quadratic_names_some_levels_twice():
-    """100 steps are 96 levels up to index 800; a step still means the index that FastDPM gave it (notes, section 3)."""
+    """100 steps are 96 levels up to index 800; a step still means the index that FastDPM gave it."""
     indices = spaced(1000, 100, "fastdpm-quadratic")
     levels = respaced(LINEAR, indices)
     assert (levels.steps, levels.count, levels.t[-1]) == (100, 96, 800)
@@ -263,7 +263,7 @@ def test_unknown_rule(steps):
     ],
 )
 def test_settings_of_the_paper(abar, rule, t_boom, index, noise_power):
-    """The table of section 1 of the notes: the same fraction is 15 % or 80 % of noise, by the rule alone."""
+    """The settings of the paper: the same fraction is 15 % or 80 % of noise, by the rule alone."""
     value, steps = parse_t_boom(t_boom)
     levels = chain(abar, steps, rule)
     level = levels.level(value)
@@ -307,19 +307,19 @@ def test_flow():
 
 @pytest.mark.parametrize("index", [0, 199, 499, 999])
 def test_families_agree_at_equal_signal_to_noise(index):
-    """sigma = sqrt((1 - abar) / abar), sigma / (1 + sigma) for flow: the same abar in the record (notes, section 1)."""
+    """sigma = sqrt((1 - abar) / abar), sigma / (1 + sigma) for flow: the same abar in the record."""
     sigma = math.sqrt((1 - LINEAR[index]) / LINEAR[index])
     shares = [levels.abar(1) for levels in (variance_exploding([sigma]), flow([sigma / (1 + sigma)]))]
     assert shares == pytest.approx([LINEAR[index]] * 2)
 
 
-# --------------------------------------------------------------------------------------------- reported defects
+@pytest.mark.parametrize(("t_boom", "level"), [("0.005", 1), ("0.015", 2), ("0.025", 3), ("0.0249", 2), ("0.995", 100)])
+def test_between_two_levels_the_nearest_is_taken_and_halves_go_up(t_boom, level):
+    assert chain(LINEAR, 100).level(parse_t_boom(t_boom)[0]) == level
 
 
-def test_defect_exactly_half_a_step_is_not_less_than_half():
-    """0.005 of 100 is exactly half a step, and 0.015 of 100 is taken as 2. Either it is level 1, or the message is
-    to say what is true."""
-    try:
-        assert chain(LINEAR, 100).level(Fraction(1, 200)) == 1
-    except UsageError as err:
-        assert "less than half a step" not in str(err)  # noqa: PT017
+def test_levels_that_do_not_lose_signal_are_refused():
+    """diffusers lists sigmas from high to low; a chain built from such a list would run the wrong way."""
+    for build in (variance_exploding, flow):
+        with pytest.raises(ValueError, match="lose signal"):
+            build([0.9, 0.5, 0.1])

@@ -1,4 +1,4 @@
-"""Noise is a pure function of its address; no two addresses share numbers (DESIGN.md, promise 1)."""
+"""Noise is a pure function of its address; no two addresses share numbers."""
 
 import hashlib
 import itertools

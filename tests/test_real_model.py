@@ -6,6 +6,7 @@ model; they were measured with another classifier and other noise.
 import gzip
 import hashlib
 import io
+import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -86,6 +87,11 @@ def outputs(real_run: RunDir) -> Outputs:
     )
 
 
+def use_all_cores() -> None:
+    """As many threads as there are cores, but one where pytest-xdist has filled them with processes."""
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else env.cores())
+
+
 def as_state(pixels: np.ndarray) -> Tensor:
     """Images (N, 28, 28) uint8 as (N, 1, 28, 28) in [-1, 1]."""
     return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)[:, None]
@@ -119,7 +125,7 @@ class Classifier(nn.Module):
 @pytest.fixture(scope="session")
 def classifier(fashion_mnist: Path) -> Classifier:
     """Trained on all 60,000 real training images, three times over; about half a minute on two cores."""
-    torch.set_num_threads(env.cores())
+    use_all_cores()
     torch.manual_seed(0)
     pixels, labels = read(fashion_mnist, "train")
     x, y = as_state(pixels), torch.from_numpy(labels)
@@ -227,7 +233,7 @@ def test_black_margins_stay_black(outputs: Outputs, test_split: Labelled) -> Non
 
 def test_the_distance_to_the_source_grows_with_t_boom(classifier: Classifier, test_split: Labelled) -> None:
     """Same 32 images, same noise, ancestral steps; chains of 50 levels."""
-    torch.set_num_threads(env.cores())
+    use_all_cores()
     count, info = 32, models.inspect("fashion-patched-ddpm")
     levels = respaced(trained_abar(info), spaced(info.trained_steps, 50))
     unet = PixelUNet(info, levels, Network(info, torch.float32), tuple(range(10)), "cpu")

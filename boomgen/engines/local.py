@@ -38,14 +38,14 @@ class Event(NamedTuple):
 class _Hand:
     """One worker process, as the driver sees it."""
 
-    def __init__(self, run: RunDir, number: int, device: str, threads: int, allow_mixed: bool) -> None:
+    def __init__(self, run: RunDir, number: int, device: str, allow_mixed: bool) -> None:
         run.logs.mkdir(exist_ok=True)
         self.number, self.device = number, device
         self.log = run.logs / f"worker-{number:03d}.log"
         self.shard: int | None = None
         self.started, self.idle = False, False
         self._rest = b""
-        command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(threads), str(int(allow_mixed))]
+        command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(int(allow_mixed))]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
@@ -79,8 +79,8 @@ class _Hand:
 class LocalEngine:
     """Hands out shards to one worker per device."""
 
-    def __init__(self, run: RunDir, devices: Sequence[str], threads: int, allow_mixed: bool = False) -> None:
-        self.run_dir, self.devices, self.threads, self.allow_mixed = run, devices, threads, allow_mixed
+    def __init__(self, run: RunDir, devices: Sequence[str], allow_mixed: bool = False) -> None:
+        self.run_dir, self.devices, self.allow_mixed = run, devices, allow_mixed
         self.hands: dict[int, _Hand] = {}
         self.selector = selectors.DefaultSelector()
         self.failures: collections.Counter[int] = collections.Counter()
@@ -118,7 +118,7 @@ class LocalEngine:
             )
 
     def _start(self, number: int, device: str) -> None:
-        hand = _Hand(self.run_dir, number, device, self.threads, self.allow_mixed)
+        hand = _Hand(self.run_dir, number, device, self.allow_mixed)
         self.hands[number] = hand
         self.selector.register(hand.process.stdout, selectors.EVENT_READ, hand)  # type: ignore[arg-type]
 
@@ -164,7 +164,7 @@ class LocalEngine:
             queue.append(shard)
 
 
-def serve(path: str, device: str, threads: int, allow_mixed: bool) -> int:
+def serve(path: str, device: str, allow_mixed: bool) -> int:
     """A worker's life: read shard numbers, make them, say so. Ends with its driver, or on SIGTERM."""
     pipe = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
@@ -179,11 +179,8 @@ def serve(path: str, device: str, threads: int, allow_mixed: bool) -> int:
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        import torch
-
         from boomgen.worker import Worker
 
-        torch.set_num_threads(threads)
         worker = Worker(RunDir(path), env.claim(device), allow_mixed)
     except BoomgenError as err:
         say("fatal", text=str(err))
@@ -221,4 +218,4 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "1"))
+    sys.exit(serve(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
