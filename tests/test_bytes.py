@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boomgen import env
+from boomgen import drive, env
 from boomgen.cli import main
 from boomgen.errors import BoomgenError
+from boomgen.job import Launch
 from boomgen.run import RunDir, ranges
 from boomgen.shard import FAILPOINTS, PART, TAR, sha256_file, unseal
 from boomgen.verify import verify
@@ -31,7 +33,7 @@ from .finished import finish
 
 Bytes = dict[str, str]
 CHANCE = random.Random(20)
-LONG = {"steps": 200, "shard_size": 8}  # 13 shards of one batch, 80 network calls each: about a second
+LONG = {"steps": 100, "shard_size": 8}  # 13 shards of one batch, 40 network calls each: about half a second
 AUGMENT = {"mode": "augment", "variants": 3, "seed": 5, "limit": 40, "shard_size": 8}
 KILLED = AUGMENT | {"steps": 100}
 
@@ -46,16 +48,6 @@ def made(run: RunDir) -> Bytes:
 def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
     files = (path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +251,11 @@ def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
     for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
         driver = Driver(run)
         driver.wait_published(len(run.published()) + 1)
+        workers = driver.workers()
         driver.process.send_signal(sent)
+        for pid in workers if sent == signal.SIGTERM else ():  # a scheduler tells all processes of a job
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, sent)
         code, out, err = driver.end()
         assert driver.no_orphan()
         if sent != signal.SIGKILL:
@@ -269,6 +265,28 @@ def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
         assert list(run.staging.iterdir()) == []
     finish_missing(run)
     assert made(run) == undisturbed(**LONG)
+
+
+def test_stopped_while_planning(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    """SIGTERM while the plan is made: exit 75, and no half-made folder with a secret in it stays behind."""
+    job, out = plan_tiny(tmp_path / "other").plan.job, tmp_path / "new"
+    driver = Driver(RunDir(tmp_path / "other"), "boomgen", *_command(job, out / "run", verb="anonymize"))
+    driver.wait_for(lambda: any(out.glob(".run.planning-*")))
+    driver.process.send_signal(signal.SIGTERM)
+    code, _, err = driver.end()
+    assert code == 75, err
+    assert not out.exists()
+
+
+def test_resumed_from_a_thread(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """The Python form also works beside the main thread, where no signal handler can be set."""
+    run = plan_tiny(tmp_path / "run")
+    worker = Worker(run)
+    for number in run.missing():
+        worker.make_shard(number)
+    with ThreadPoolExecutor() as pool:
+        assert pool.submit(drive.resume, run, Launch()).result().finalised
+    assert made(run) == undisturbed()
 
 
 def finish_missing(run: RunDir) -> None:
@@ -302,7 +320,7 @@ def test_poison_shard(plan_tiny: PlanTiny, boomgen: Any, tmp_path: Path) -> None
     assert (run.logs / "worker-000.log").read_text().count("Traceback") == 3
     assert list(run.staging.iterdir()) == []
     (tmp_path / "away").rename(folder / "07.png")
-    boomgen("resume", run.path)
+    finish_missing(run)
     assert made(run) == expected
 
 
@@ -338,9 +356,8 @@ def test_sick_device(
     )
     stand_in.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(stand_in))
-    events = []
     with pytest.raises(BoomgenError, match=f"1 shards failed 3 times and were set aside; shard 2: .*{told}"):
-        events += LocalEngine(run, ["cpu"] * workers, 1).run(range(7)) or events
+        list(LocalEngine(run, ["cpu"] * workers).run(range(7)))
     tries = [line.split() for line in log.read_text().splitlines()]
     assert sorted(int(shard) for _, shard in tries) == [0, 1, 2, 2, 2, 3, 4, 5, 6]
     assert len({pid for pid, shard in tries if shard == "2"}) == 3
@@ -374,7 +391,7 @@ def test_workers_that_cannot_start(plan_tiny: PlanTiny, tmp_path: Path, monkeypa
     run = plan_tiny(tmp_path / "run")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(BoomgenError, match=rf"workers die while starting \(exit 1\); see {run.logs}"):
-        list(LocalEngine(run, ["cpu"], 1).run(range(7)))
+        list(LocalEngine(run, ["cpu"]).run(range(7)))
 
 
 # A run folder that is opened again ---------------------------------------------------------------------------------

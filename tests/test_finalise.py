@@ -253,6 +253,9 @@ def test_damage_is_not_taken_over(closable: Any) -> None:
         with pytest.raises(BoomgenError, match=f"{part} differs from its done record"):
             finalise(RunDir(run.path))
         assert (run.shard(0) / DONE).read_bytes() == record
+        (run.shard(0) / f".{PART}").write_bytes(data[:50])  # as a kill in the middle of writing leaves it
+        with pytest.raises(BoomgenError, match=f"{part} differs from its done record"):
+            finalise(RunDir(run.path))
         part.unlink()
         with pytest.raises(BoomgenError, match=f"{part} differs from its done record"):
             finalise(RunDir(run.path))

@@ -1,15 +1,13 @@
 """An anonymize run: without its secret nobody gets from an output to its source, and the data set tells nothing."""
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
 import re
 import stat
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 
 from boomgen import catalog, cli, images, index, keys, manifest, plan
+from boomgen.engines.local import LocalEngine
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
@@ -96,7 +95,7 @@ def test_the_attack_works_where_the_seed_is_public(plan_tiny, tmp_path):
     run = finish(plan_tiny(tmp_path / "run", mode="augment", seed=17))
     published = {pixel_hash(Image.open(io.BytesIO(members["png"]))) for members in samples(run).values()}
     worker = Worker(run)
-    found = [n for n, secret in enumerate(guesses(run.plan)) if published & set(outputs(worker, secret, range(8)))]
+    found = [n for n, secret in enumerate(guesses(run.plan)[:51]) if published & set(outputs(worker, secret, range(8)))]
     assert found == [17]
 
 
@@ -417,39 +416,28 @@ def test_the_secret_is_in_its_file_alone(tiny):
         assert not any(form in repr(table).encode() for form in forms(SECRET))
 
 
-def test_the_secret_is_in_no_command_line_and_no_environment(tiny_source, tiny_model, secret_file, tmp_path):
-    """Looked up in /proc while driver and worker run."""
-    out = tmp_path / "run_of_the_test"
-    options = ["--dataset", tiny_source, "--model", tiny_model, "--t-boom", "0.4", "--steps", "10", "--device", "cpu"]
-    options += ["--workers", "1", "--out", out, "--secret-file", secret_file]
-    driver = subprocess.Popen(
-        [sys.executable, "-m", "boomgen", "anonymize", *map(str, options)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+def test_the_secret_is_in_no_command_line_and_no_environment(plan_tiny, tmp_path):
+    """Of the worker, looked up in /proc after each of its events; the driver is given the path of a file."""
+    run = plan_tiny(tmp_path / "run_of_the_test")
     seen: dict[int, bytes] = {}
-    while driver.poll() is None:
-        for pid, told in processes(str(out)):
-            seen[pid] = told
-        time.sleep(0.1)
-    assert driver.returncode == 0
-    assert len(seen) >= 2
-    assert RunDir(out).secret == SECRET
+    for _ in LocalEngine(run, ["cpu"]).run(range(run.plan.shards)):
+        seen |= processes(str(run.path))
+    assert len(seen) == 1
     for told in seen.values():
+        assert b"PATH=" in told
         assert not any(form in told for form in forms(SECRET))
-    assert {place for place, _ in leaks(out, [SECRET])} == {"secret"}
+    assert run.secret == SECRET
+    assert {place for place, _ in leaks(run.path, [SECRET])} == {"secret"}  # nor in the worker's log
 
 
-def processes(word: str) -> list[tuple[int, bytes]]:
+def processes(word: str) -> dict[int, bytes]:
     """Command line and environment of every process that names `word` in its command line."""
-    found = []
+    found = {}
     for entry in Path("/proc").glob("[0-9]*"):
-        try:
+        with contextlib.suppress(OSError):  # it has ended
             told = (entry / "cmdline").read_bytes()
             if word.encode() in told:
-                found.append((int(entry.name), told + (entry / "environ").read_bytes()))
-        except OSError:  # it has ended
-            continue
+                found[int(entry.name)] = told + (entry / "environ").read_bytes()
     return found
 
 

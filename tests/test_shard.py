@@ -157,6 +157,18 @@ def test_abandoned_leaves_nothing(tmp_path: Path) -> None:
     assert list((tmp_path / "staging").iterdir()) == list((tmp_path / "shards").iterdir()) == []
 
 
+def test_stopped_while_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal that stops a worker while it opens an attempt, when nobody can abandon it yet, leaves nothing."""
+
+    def stop(name: str, number: int) -> None:
+        raise SystemExit(75)
+
+    monkeypatch.setattr(shard, "failpoint", stop)
+    with pytest.raises(SystemExit):
+        ShardWriter(tmp_path / "shards", tmp_path / "staging", 3)
+    assert list((tmp_path / "staging").iterdir()) == []
+
+
 def test_disk_error_on_publish_is_raised(tmp_path: Path) -> None:
     """A name that is taken by a file is an error of the disk, not a lost race."""
     writer = ShardWriter(tmp_path / "shards", tmp_path / "staging", 3)
