@@ -95,8 +95,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["anonymize", "--dataset", "lfw"],
-            "lfw needs --data-dir DIR: No official copy on the Hub; give a local folder with one sub-folder per person by "
-            "--data-dir.",
+            "lfw needs --data-dir DIR: No official copy on the Hub; give a local folder with one sub-folder per "
+            "person by --data-dir.",
         ),
         (
             ["anonymize", "--dataset", "fashion-sample", "--t-boom", "1.5"],
