@@ -49,13 +49,13 @@ def _start_with(barrier: Barrier) -> None:
     _together = barrier
 
 
-def _bare(path: str, threads: int, seconds: float) -> Rate:
+def _bare(path: str, seconds: float) -> Rate:
     """One process that does nothing but call the planned network."""
     import torch
 
     from boomgen.models.pixel_unet import Network, load_compiled
 
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     run = RunDir(path)
     plan = run.plan.network
     network = load_compiled(run.package) if plan.package_sha256 else Network(run.plan.model, getattr(torch, plan.dtype))
@@ -70,11 +70,11 @@ def _bare(path: str, threads: int, seconds: float) -> Rate:
         return Rate(calls / (time.perf_counter() - start), calls / (time.process_time() - cpu))
 
 
-def bare(run: RunDir, workers: int, threads: int, seconds: float) -> Rate:
+def bare(run: RunDir, workers: int, seconds: float) -> Rate:
     """All processes together: their sum on the clock, their mean per CPU second."""
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, _start_with, (spawn.Barrier(workers),)) as pool:
-        rates = list(pool.map(_bare, *zip(*[(str(run.path), threads, seconds)] * workers, strict=True)))
+        rates = list(pool.map(_bare, [str(run.path)] * workers, [seconds] * workers))
     return Rate(sum(rate.wall for rate in rates), mean(rate.cpu for rate in rates))
 
 
@@ -128,17 +128,16 @@ def main() -> None:
     args = parser.parse_args()
     print(machine(), flush=True)
 
-    threads = max(1, env.cores() // args.workers)
     with tempfile.TemporaryDirectory() as folder:
         out = f"{folder}/run"
         options = ["--dataset", "fashion-sample", "--limit", args.images, "--t-boom", args.t_boom, "--device", "cpu"]
         options += [] if args.compile == "auto" else ["--compile", args.compile]
         planning = boomgen("plan", *options, "--out", out)
         run = RunDir(out)
-        before = bare(run, args.workers, threads, args.bare_seconds)
+        before = bare(run, args.workers, args.bare_seconds)
         begun = time.time()
         resuming = boomgen("resume", out, "--device", "cpu", "--workers", args.workers)
-        after = bare(run, args.workers, threads, args.bare_seconds)
+        after = bare(run, args.workers, args.bare_seconds)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             again = pool.submit(_one_shard, out).result()
         plan, level, spent = run.plan, run.plan.chain.level, phases(run, begun, resuming.wall)
@@ -148,7 +147,7 @@ def main() -> None:
         job = Rate(steady(run, args.workers) * level, calls / resuming.cpu)
     build = f"{plan.network.dtype} {'compiled' if plan.network.package_sha256 else 'eager'}"
     lines = [
-        (f"bare network, {build}, {args.workers} x {threads} threads, before", before),
+        (f"bare network, {build}, {args.workers} x 1 thread, before", before),
         ("the same, after", after),
         ("boomgen, one shard made again, 1 process", again),
         (f"boomgen, {plan.rows} images, while shards are made (CPU: with start-up)", job),

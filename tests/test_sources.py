@@ -6,10 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from source_checks import listed, picture, refused
 
 from boomgen.catalog import asset
 from boomgen.sources import open_source
+
+from .source_checks import listed, picture, refused
 
 SAMPLE = asset("fashion-sample")
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")

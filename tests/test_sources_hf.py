@@ -5,10 +5,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 
 import pytest
-from source_checks import listed, picture, refused
 
 from boomgen.errors import RowError
 from boomgen.sources import hf, open_source
+
+from .source_checks import listed, picture, refused
 
 
 def table(count: int = 4, **columns):

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import webdataset
-from source_checks import listed, picture, refused
 
 from boomgen.sources import open_source
+
+from .source_checks import listed, picture, refused
 
 
 def tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
