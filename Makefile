@@ -11,7 +11,7 @@ test: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadgroup -m "not slow"
 
 slow: .venv/ready
-	$(BIN)/pytest -n 2 -m slow
+	$(BIN)/pytest -n 2 --dist loadgroup -m slow
 
 check: .venv/ready
 	$(BIN)/ruff check .
