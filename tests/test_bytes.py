@@ -178,7 +178,7 @@ class Driver:
 
     def wait_for(self, done: Callable[[], bool]) -> None:
         """Until something has come true on the disk."""
-        end = time.monotonic() + 120
+        end = time.monotonic() + 240
         while not done():
             assert self.process.poll() is None, self.end()
             assert time.monotonic() < end, "no progress"
@@ -188,7 +188,7 @@ class Driver:
         self.wait_for(lambda: len(self.run.published()) >= count)
 
     def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=240)
         return self.process.returncode, out, err
 
     def no_orphan(self) -> bool:
