@@ -7,90 +7,19 @@ machine blurs seconds, the column per CPU second holds.
 
 import argparse
 import json
-import multiprocessing
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
 
+from bare import Rate, bare, in_turn
 from common import Took, boomgen, machine, table, timed
 from phases import phases, steady, where
 
 from boomgen import env
 from boomgen.plan import Plan
 from boomgen.run import RunDir
-
-_together: Barrier
-
-
-class Rate(NamedTuple):
-    """Image-calls (images in the batch x network calls) per second on the clock and per second of CPU time."""
-
-    wall: float
-    cpu: float
-
-
-def example_of(run: RunDir) -> Any:
-    """Network inputs of the planned shape."""
-    import torch
-
-    from boomgen.models.pixel_unet import example_inputs
-
-    x, t, label = example_inputs(run.plan.model, run.plan.network.batch_size)
-    return torch.randn_like(x), t, label
-
-
-def _start_with(barrier: Barrier) -> None:
-    global _together
-    _together = barrier
-
-
-def _bare(path: str, seconds: float) -> Rate:
-    """One process that does nothing but call the planned network."""
-    import torch
-
-    from boomgen.models.pixel_unet import Network, load_compiled
-
-    torch.set_num_threads(1)
-    run = RunDir(path)
-    plan = run.plan.network
-    network = load_compiled(run.package) if plan.package_sha256 else Network(run.plan.model, getattr(torch, plan.dtype))
-    inputs = example_of(run)
-    with torch.inference_mode():
-        network(*inputs)
-        _together.wait()
-        start, cpu, calls = time.perf_counter(), time.process_time(), 0
-        while time.perf_counter() - start < seconds:
-            network(*inputs)
-            calls += plan.batch_size
-        return Rate(calls / (time.perf_counter() - start), calls / (time.process_time() - cpu))
-
-
-def bare(run: RunDir, workers: int, seconds: float) -> Rate:
-    """All processes together: their sum on the clock, their mean per CPU second."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, spawn, _start_with, (spawn.Barrier(workers),)) as pool:
-        rates = list(pool.map(_bare, [str(run.path)] * workers, [seconds] * workers))
-    return Rate(sum(rate.wall for rate in rates), mean(rate.cpu for rate in rates))
-
-
-def _one_shard(path: str) -> Rate:
-    """The first shard made once more, in a process of its own that already has the model: CPU time without start-up."""
-    import torch
-
-    from boomgen.worker import Worker
-
-    torch.set_num_threads(1)
-    run = RunDir(path)
-    worker, calls = Worker(run), len(run.plan.positions(0)) * run.plan.chain.level
-    worker.denoiser.network(*example_of(run))
-    start, cpu = time.perf_counter(), time.process_time()
-    worker.make_shard(0)
-    return Rate(calls / (time.perf_counter() - start), calls / (time.process_time() - cpu))
 
 
 def loop(images: int, levels: int, *options: str) -> tuple[Rate, float]:
@@ -123,7 +52,8 @@ def main() -> None:
     parser.add_argument("--t-boom", default="0.4", help="of 100 steps")
     parser.add_argument("--workers", type=int, default=env.cores())
     parser.add_argument("--compile", choices=["yes", "no", "auto"], default="auto", help="of boomgen's network")
-    parser.add_argument("--bare-seconds", type=float, default=15)
+    parser.add_argument("--bare-seconds", type=float, default=25)
+    parser.add_argument("--rounds", type=int, default=2, help="of bare calls and a shard in turn")
     parser.add_argument("--loop-images", type=int, default=192, help="images of the fp32 loops; 0 leaves all loops out")
     args = parser.parse_args()
     print(machine(), flush=True)
@@ -138,8 +68,7 @@ def main() -> None:
         begun = time.time()
         resuming = boomgen("resume", out, "--device", "cpu", "--workers", args.workers)
         after = bare(run, args.workers, args.bare_seconds)
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-            again = pool.submit(_one_shard, out).result()
+        network, shards = in_turn(run, min(args.workers, run.plan.shards), args.rounds)
         plan, level, spent = run.plan, run.plan.chain.level, phases(run, begun, resuming.wall)
         base = Rate(mean((before.wall, after.wall)), mean((before.cpu, after.cpu)))
         calls = plan.rows * level
@@ -149,11 +78,18 @@ def main() -> None:
     lines = [
         (f"bare network, {build}, {args.workers} x 1 thread, before", before),
         ("the same, after", after),
-        ("boomgen, one shard made again, 1 process", again),
         (f"boomgen, {plan.rows} images, while shards are made (CPU: with start-up)", job),
         ("boomgen, from command to finished data set", Rate(calls / whole.wall, calls / whole.cpu)),
     ]
-    print(report(plan, lines, base), "\n\n", where(planning, resuming, spent), "\n", sep="", flush=True)
+    pair = [("bare network, in turn with", network), ("whole shards: read, noise, encode, hash, write", shards)]
+    print(
+        report(plan, lines, base),
+        report(plan, pair, network),
+        where(planning, resuming, spent),
+        "",
+        sep="\n\n",
+        flush=True,
+    )
     if args.loop_images:
         few = 8 if env.default_dtype("cpu") != "bfloat16" else level  # calls; enough where bfloat16 is emulated
         eager, _ = loop(args.loop_images, level)
