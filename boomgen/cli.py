@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from boomgen import __version__, catalog
-from boomgen.errors import BoomgenError, UsageError
+from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.job import Job, Launch
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
 
@@ -247,12 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ERROR
     except Exception as err:
         return _complain(f"{type(err).__name__}: {err} (a fault of boomgen; -v shows where)", ERROR, verbose)
-    except BaseException as err:
-        if isinstance(err, KeyboardInterrupt) or type(err).__name__ == "Stopped":
-            return _complain(
-                f"stopped ({str(err) or 'SIGINT'}); what is whole stays, go on with boomgen resume", STOPPED, False
-            )
-        raise
+    except (Stopped, KeyboardInterrupt) as err:
+        run = getattr(err, "run", None)
+        again = f"what is whole stays, go on with: boomgen resume {run}" if run else "run the same command again"
+        return _complain(f"stopped ({str(err) or 'SIGINT'}); {again}", STOPPED, False)
 
 
 def _complain(text: str, code: int, verbose: bool) -> int:

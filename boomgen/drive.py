@@ -8,15 +8,12 @@ from types import FrameType
 
 from boomgen import env
 from boomgen.engines.local import Event, LocalEngine
+from boomgen.errors import Stopped
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
 from boomgen.prepare import prepare
 from boomgen.progress import show
 from boomgen.run import RunDir, Status
-
-
-class Stopped(BaseException):
-    """A signal asked for the end; what is published stays, the rest is resumable."""
 
 
 def run(job: Job, launch: Launch | None = None) -> RunDir:
@@ -39,9 +36,13 @@ def resume(run: RunDir, launch: Launch) -> Status:
     if status.finalised and not status.missing:
         return status
     with _signals():
-        if status.missing:
-            _make(run, launch, status.missing)
-        finalise(run)
+        try:
+            if status.missing:
+                _make(run, launch, status.missing)
+            finalise(run)
+        except Stopped as err:
+            err.run = run.path
+            raise
     return run.status()
 
 

@@ -3,6 +3,8 @@
 Any other exception in a worker is transient: it fails the shard, which is tried again.
 """
 
+from pathlib import Path
+
 
 class BoomgenError(Exception):
     """The command cannot go on (exit code 1)."""
@@ -10,6 +12,12 @@ class BoomgenError(Exception):
 
 class UsageError(BoomgenError):
     """The user asked for something that cannot be (exit code 2)."""
+
+
+class Stopped(BaseException):
+    """A signal asked for the end (exit code 75); what is published stays. `run` is its folder, once it is planned."""
+
+    run: Path | None = None
 
 
 class RowError(BoomgenError):

@@ -1,5 +1,6 @@
 """From whole shards to a data set that loads: hard links to the tars, a card, timm's index, one manifest."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import yaml
 
-from boomgen import catalog, manifest
+from boomgen import __version__, catalog, manifest
 from boomgen.errors import BoomgenError
 from boomgen.plan import Plan
 from boomgen.run import RunDir, ranges
@@ -37,7 +38,9 @@ def finalise(run: RunDir) -> None:
     if run.plan.job.linkage == "none":
         _destroy_links(run)
     _place(run, run.manifest, {f"part-{n:05d}.parquet": run.shard(n) / PART for n in range(run.plan.shards)}, {})
-    _place(run, run.dataset, _dataset_links(run, files), _dataset_texts(run, files))  # last: it says "closed"
+    texts = {"README.md": card(run, files).encode(), "_info.json": timm_index(run.plan, files)}
+    _record(run, texts)
+    _place(run, run.dataset, dataset_links(run, files), texts)  # last: it says "closed"
     shutil.rmtree(run.staging, ignore_errors=True)
 
 
@@ -49,18 +52,25 @@ def dataset_files(run: RunDir) -> dict[str, Any]:
     return {"tars": names, "rows": {number: counts[number] for number in held}}
 
 
-def _dataset_links(run: RunDir, files: dict[str, Any]) -> dict[str, Path]:
+def dataset_links(run: RunDir, files: dict[str, Any]) -> dict[str, Path]:
+    """The data set's tars, and which shard's tar each is."""
     return {f"data/{name}": run.shard(number) / TAR for number, name in files["tars"].items()}
 
 
-def _dataset_texts(run: RunDir, files: dict[str, Any]) -> dict[str, bytes]:
-    return {"README.md": card(run, files).encode(), "_info.json": timm_index(run.plan, files)}
-
-
-def expected_dataset(run: RunDir) -> tuple[dict[str, Path], dict[str, bytes]]:
-    """What RUN/dataset must hold: links to shards, and texts."""
-    files = dataset_files(run)
-    return _dataset_links(run, files), _dataset_texts(run, files)
+def _record(run: RunDir, texts: dict[str, bytes]) -> None:
+    """Hashes of the texts that are about to be placed: another version of boomgen may write others."""
+    if run.dataset.exists():
+        return
+    hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    run.staging.mkdir(exist_ok=True)
+    staged = run.staging / f"{run.closing.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        write_durable(staged, sealed({"boomgen": __version__, "texts": hashes}))
+        staged.replace(run.closing)
+    except OSError:
+        if not run.dataset.exists():  # if it does, another finalise was first
+            raise
+    sync(run.path)
 
 
 def _place(run: RunDir, folder: Path, links: dict[str, Path], texts: dict[str, bytes]) -> None:

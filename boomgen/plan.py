@@ -9,14 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from boomgen import keys
+from boomgen import catalog, keys
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index, permuted
 from boomgen.job import Job
 from boomgen.levels import Levels, parse_t_boom
 from boomgen.models import ModelInfo
 from boomgen.shard import sealed, unseal
-from boomgen.sources.base import NO_LABEL, Row
+from boomgen.sources import open_source
+from boomgen.sources.base import NO_LABEL, Row, Source
 
 SCHEMA_VERSION = 1
 
@@ -39,6 +40,16 @@ class SourcePlan(_Frozen):
     labelled: bool
     licence: str
     index_sha256: str
+
+    def open(self) -> Source:
+        """The source as it was indexed; its rows' places are read from the index."""
+        return open_source(
+            catalog.resolved(self.location),
+            self.split,
+            image_column=self.image_column,
+            label_column=self.label_column,
+            revision=self.revision,
+        )
 
 
 class ChainPlan(_Frozen):

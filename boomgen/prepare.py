@@ -53,12 +53,15 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
     if not model or not t_boom:
         missing = "--model" if not model else "--t-boom"
         raise UsageError(f"{missing} is missing; {job.dataset} is no named data set with a default for it")
+    fraction, steps = t_boom_of(job.model_copy(update={"t_boom": t_boom}))
+    if fraction == 0 and job.mode == "anonymize":
+        raise UsageError("--t-boom 0 with anonymize gives the originals, unchanged; use a greater one, or augment")
     identity = preset is not None and preset.label_is_identity and job.mode == "anonymize"
     return job.model_copy(
         update={
             "model": model,
             "t_boom": t_boom,
-            "steps": t_boom_of(job.model_copy(update={"t_boom": t_boom}))[1],
+            "steps": steps,
             "split": job.split or (preset.default_split if preset else None),
             "fit": job.fit or (preset.fit if preset else "crop"),
             "linkage": job.linkage or ("private" if job.mode == "anonymize" else "public"),
@@ -104,7 +107,7 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     resolved = resolve(job)
     out = Path(launch.out) if launch.out else default_out(resolved.job)
     if (out / "plan.json").exists():
-        return reopen(out, resolved)
+        return reopen(out, resolved, launch)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no run folder; use another --out")
     device, _ = env.choose_device(launch)
@@ -130,13 +133,15 @@ def _missing_parents(out: Path) -> list[Path]:
     return [folder for folder in out.absolute().parents if not folder.exists()]
 
 
-def reopen(out: Path, resolved: Resolved) -> RunDir:
+def reopen(out: Path, resolved: Resolved, launch: Launch) -> RunDir:
     """An existing run folder, if it was planned for this job."""
     run = RunDir(out)
     planned, job = run.plan.job, resolved.job
     differences = list(differing(planned, job.model_copy(update={"split": job.split or planned.split})))
     if run.plan.source.location != resolved.location:
         differences.append(f"source {run.plan.source.location} (now {resolved.location})")
+    if launch.secret_file and keys.commitment(_secret(job, launch)) != run.plan.secret_commitment:
+        differences.append(f"another secret than {launch.secret_file}")
     if differences:
         raise UsageError(f"{out} was planned with {', '.join(differences)}; use another --out, or boomgen resume {out}")
     return run

@@ -58,6 +58,11 @@ class RunDir:
         return self.path / "dataset"
 
     @property
+    def closing(self) -> Path:
+        """What `finalise` says of the texts that it wrote into the data set."""
+        return self.path / "dataset.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import Dataset
 
-from boomgen import catalog, images, manifest
+from boomgen import images, manifest
 from boomgen.errors import UsageError
 from boomgen.index import Index
 from boomgen.plan import Plan, SourcePlan
 from boomgen.run import RunDir, ranges
 from boomgen.shard import PART, TAR
-from boomgen.sources import open_source
 from boomgen.sources.base import Row, Source
 
 ORIGINAL = -1
@@ -58,7 +57,7 @@ class BoomerangMix(Dataset[tuple[Any, int]]):
     ) -> None:
         self._run = run = _linked(run, p)
         self.p, self.seed, self.transform = p, seed, transform
-        self._index = pq.read_table(run.path / "index.parquet")
+        self._index = pq.ParquetFile(run.path / "index.parquet").read()
         self.rows, self.labels = _labelled_rows(run)
         self._versions = _versions(run)
         # Shared memory, so that DataLoader workers which outlive an epoch see the next one too.
@@ -134,7 +133,7 @@ class _Mixer:
         return {"image": image, "label": label, "key": key, "synthetic": synthetic}
 
     def _read(self, part: Path) -> dict[str, tuple[int, Row]]:
-        keys, labels, numbers = pq.read_table(part, columns=["key", "label", "source_row"]).to_pydict().values()
+        keys, labels, numbers = manifest.read_parts([part], ["key", "label", "source_row"]).to_pydict().values()
         sources = Index(self.path / "index.parquet").take(numbers)
         return dict(zip(keys, zip(labels, sources, strict=True), strict=True))
 
@@ -155,7 +154,7 @@ def _linked(run: RunDir | Path | str, p: float) -> RunDir:
 def _labelled_rows(run: RunDir) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Source rows that have an original to show, ascending, and their labels; both (N,)."""
     parts = [run.shard(number) / PART for number in range(run.plan.shards)]
-    table = pq.ParquetDataset(parts).read(["source_row", "label", "reason"])
+    table = manifest.read_parts(parts, ["source_row", "label", "reason"])
     shown = ~np.isin(table["reason"].to_numpy(), _NO_ORIGINAL)
     rows, first = np.unique(table["source_row"].to_numpy()[shown], return_index=True)
     return rows, table["label"].to_numpy()[shown][first].astype(np.int64)
@@ -165,7 +164,7 @@ def _versions(run: RunDir) -> NDArray[np.int64]:
     """Where every ok version lies: (N, 4) of source row, shard, offset in its tar and size in bytes, by source row."""
     found: list[tuple[int, int, int, int]] = []
     for number in range(run.plan.shards):
-        part = pq.read_table(run.shard(number) / PART, columns=["key", "status", "source_row"])
+        part = manifest.read_parts([run.shard(number) / PART], ["key", "status", "source_row"])
         with tarfile.open(run.shard(number) / TAR) as tar:
             places = {member.name: (member.offset_data, member.size) for member in tar}
         for key, status, source_row in zip(*part.to_pydict().values(), strict=True):
@@ -194,13 +193,7 @@ def _picture(plan: Plan, file: bytes) -> Image.Image:
 @lru_cache(maxsize=4)
 def _source(process: int, source: SourcePlan) -> Source:
     """The source, opened once by each process: forked workers must not share a file position."""
-    return open_source(
-        catalog.resolved(source.location),
-        source.split,
-        image_column=source.image_column,
-        label_column=source.label_column,
-        revision=source.revision,
-    )
+    return source.open()
 
 
 @lru_cache(maxsize=128)

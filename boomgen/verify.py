@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from boomgen import manifest
 from boomgen.errors import BoomgenError
-from boomgen.finalise import expected_dataset
+from boomgen.finalise import dataset_files, dataset_links
 from boomgen.run import RunDir
-from boomgen.shard import DONE, PART, TAR, sha256_file
+from boomgen.shard import DONE, PART, TAR, sha256_file, unseal
 
 
 def verify(run: RunDir) -> Iterator[str]:
@@ -31,8 +31,7 @@ def verify(run: RunDir) -> Iterator[str]:
         parts = {f"part-{number:05d}.parquet": run.shard(number) / PART for number in range(run.plan.shards)}
         yield from _folder(run.manifest, parts, {})
     if run.dataset.exists():
-        with contextlib.suppress(BoomgenError):  # a damaged done record was named above
-            yield from _folder(run.dataset, *expected_dataset(run))
+        yield from _dataset(run)
 
 
 def _inputs(run: RunDir) -> Iterator[str]:
@@ -99,15 +98,25 @@ def _samples(path: Path) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def _folder(folder: Path, links: dict[str, Path], texts: dict[str, bytes]) -> Iterator[str]:
+def _dataset(run: RunDir) -> Iterator[str]:
+    try:
+        texts = unseal(run.closing.read_bytes())["texts"]
+    except (OSError, ValueError) as err:
+        yield f"{run.closing} is damaged ({err}); remove {run.dataset} and finalise again"
+        return
+    with contextlib.suppress(BoomgenError):  # a damaged done record was named above
+        yield from _folder(run.dataset, dataset_links(run, dataset_files(run)), texts)
+
+
+def _folder(folder: Path, links: dict[str, Path], texts: dict[str, str]) -> Iterator[str]:
     """What finalise placed is what the shards hold, and there is nothing else."""
     for name, origin in links.items():
         path = folder / name
         if not path.exists() or not origin.exists() or not (path.samefile(origin) or _same(path, origin)):
             yield f"{path} is not that of its shard; remove {folder} and finalise again"
-    for name, data in texts.items():
+    for name, known in texts.items():
         path = folder / name
-        if not path.exists() or path.read_bytes() != data:
+        if not path.exists() or sha256_file(path) != known:
             yield f"{path} is not what was written; remove {folder} and finalise again"
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.relative_to(folder).as_posix() not in links.keys() | texts.keys():

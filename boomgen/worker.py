@@ -12,17 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from boomgen import __version__, catalog, env, images, manifest, models
+from boomgen import __version__, env, images, manifest, models
 from boomgen.boomerang import boomerang
 from boomgen.errors import BoomgenError, RowError
 from boomgen.images import Box, Pixels
 from boomgen.models.pixel_unet import Network, NetworkCall, PixelUNet, load_compiled
 from boomgen.noise import Stream, normal
-from boomgen.plan import PlannedRow, SourcePlan, label_of, planned_rows
+from boomgen.plan import PlannedRow, label_of, planned_rows
 from boomgen.run import RunDir
 from boomgen.shard import ShardWriter, sha256_file
-from boomgen.sources import open_source
-from boomgen.sources.base import NO_LABEL, RawImage, Source
+from boomgen.sources.base import NO_LABEL, RawImage
 
 Tick = Callable[[int], None]
 """Called after every batch with the number of its rows; may raise to drop the shard."""
@@ -80,7 +79,7 @@ class Worker:
                 "accept other bytes with --allow-mixed"
             )
         torch.set_num_threads(1)  # the number of threads decides bits: torch cuts and dispatches kernels by it
-        self.secret, self.index, self.source = run.secret, run.index, _open(self.plan.source)
+        self.secret, self.index, self.source = run.secret, run.index, self.plan.source.open()
         self.levels = self.plan.chain.levels
         classes = self.plan.network.classes
         self.denoiser = PixelUNet(self.plan.model, self.levels, self._network(), classes, self.device)
@@ -303,16 +302,6 @@ class NoiseAhead:
 
     def _draw(self, stream: Stream, step: int) -> Any:
         return normal(self.noise_keys, stream, step, self.shape)
-
-
-def _open(source: SourcePlan) -> Source:
-    return open_source(
-        catalog.resolved(source.location),
-        source.split,
-        image_column=source.image_column,
-        label_column=source.label_column,
-        revision=source.revision,
-    )
 
 
 def _as_bytes(raw: RawImage) -> bytes:

@@ -122,3 +122,19 @@ def _rank(work: Callable[[], Any], rank: int, ranks: int, rendezvous: Path | Non
 
         group.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks)
     pipe.send(work())
+
+
+def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """Every file below a folder: path -> time and content."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def command_line(job: Any, out: Path, *more: str, verb: str, **changes: Any) -> list[str]:
+    """The command line of a job."""
+    names = ("dataset", "model", "t_boom", "steps", "batch_size", "shard_size", "eta")
+    if verb == "augment":
+        names += ("variants", "seed", "limit")
+    values = {name: getattr(job, name) for name in names} | changes
+    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [verb, *flags, "--out", str(out), "--device", "cpu", *more]

@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boomgen import drive, env
+from boomgen import drive
 from boomgen.cli import main
 from boomgen.errors import BoomgenError
 from boomgen.job import Launch
 from boomgen.run import RunDir, ranges
-from boomgen.shard import FAILPOINTS, PART, TAR, sha256_file, unseal
+from boomgen.shard import FAILPOINTS, PART, TAR, sha256_file
 from boomgen.verify import verify
 from boomgen.worker import Worker
 
 from .conftest import SECRET, PlanTiny
-from .finished import finish
+from .finished import command_line, finish
 
 Bytes = dict[str, str]
 CHANCE = random.Random(20)
@@ -43,11 +43,6 @@ def made(run: RunDir) -> Bytes:
     files = [run.shard(number) / name for number in range(run.plan.shards) for name in (TAR, PART)]
     files += sorted(run.dataset.rglob("*")) + sorted(run.manifest.iterdir())
     return {path.relative_to(run.path).as_posix(): sha256_file(path) for path in files if path.is_file()}
-
-
-def tree(folder: Path) -> dict[str, tuple[int, bytes]]:
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
 @pytest.fixture(scope="module")
@@ -101,22 +96,12 @@ def test_bytes_follow_the_secret(plan_tiny: PlanTiny, undisturbed: Any, tmp_path
     run = plan_tiny(tmp_path / "private")
     other = tmp_path / "other"
     job = run.plan.job
-    assert main(_command(job, other, "--secret-file", str(secret), verb="plan")) == 0
+    assert main(command_line(job, other, "--secret-file", str(secret), verb="plan")) == 0
     found, same = made(finish(RunDir(other))), undisturbed()
     assert not {name for name in found if name.endswith(".tar") and found[name] == same[name]}
     for change in ({"seed": 6}, {"eta": 0.5}):
         found, same = made(finish(plan_tiny(tmp_path / str(change), **AUGMENT | change))), undisturbed(**AUGMENT)
         assert not {name for name in found if name.endswith(".tar") and found[name] == same[name]}
-
-
-def _command(job: Any, out: Path, *more: str, verb: str, **changes: Any) -> list[str]:
-    """The command line of a job."""
-    names = ("dataset", "model", "t_boom", "steps", "batch_size", "shard_size", "eta")
-    if verb == "augment":
-        names += ("variants", "seed", "limit")
-    values = {name: getattr(job, name) for name in names} | changes
-    flags = [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return [verb, *flags, "--out", str(out), "--device", "cpu", *more]
 
 
 # Kills -------------------------------------------------------------------------------------------------------------
@@ -261,7 +246,8 @@ def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
         if sent != signal.SIGKILL:
             assert code == 75
             assert out == ""
-            assert f"boomgen: stopped ({sent.name}); " in err.splitlines()[-1]
+            said = f"stopped ({sent.name}); what is whole stays, go on with: boomgen resume {run.path}"
+            assert err.splitlines()[-1] == f"boomgen: {said}"
         assert list(run.staging.iterdir()) == []
     finish_missing(run)
     assert made(run) == undisturbed(**LONG)
@@ -270,11 +256,12 @@ def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
 def test_stopped_while_planning(plan_tiny: PlanTiny, tmp_path: Path) -> None:
     """SIGTERM while the plan is made: exit 75, and no half-made folder with a secret in it stays behind."""
     job, out = plan_tiny(tmp_path / "other").plan.job, tmp_path / "new"
-    driver = Driver(RunDir(tmp_path / "other"), "boomgen", *_command(job, out / "run", verb="anonymize"))
+    driver = Driver(RunDir(tmp_path / "other"), "boomgen", *command_line(job, out / "run", verb="anonymize"))
     driver.wait_for(lambda: any(out.glob(".run.planning-*")))
     driver.process.send_signal(signal.SIGTERM)
     code, _, err = driver.end()
     assert code == 75, err
+    assert err.splitlines()[-1] == "boomgen: stopped (SIGTERM); run the same command again"
     assert not out.exists()
 
 
@@ -395,60 +382,3 @@ def test_workers_that_cannot_start(plan_tiny: PlanTiny, tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(BoomgenError, match=rf"workers die while starting \(exit 1\); see {run.logs}"):
         list(LocalEngine(run, ["cpu"]).run(range(7)))
-
-
-# A run folder that is opened again ---------------------------------------------------------------------------------
-
-
-def test_finished_run_is_left_alone(plan_tiny: PlanTiny, tmp_path: Path) -> None:
-    """Resuming a finished run exits 0, loads no torch and changes no file."""
-    run = finish(plan_tiny(tmp_path / "run"))
-    before = tree(run.path)
-    code = (
-        "import sys; from boomgen.cli import main; code = main(sys.argv[1:]); "
-        "sys.exit(code or ('torch' in sys.modules and 9))"
-    )
-    subprocess.run([sys.executable, "-c", code, "resume", str(run.path)], check=True, capture_output=True)
-    assert tree(run.path) == before
-
-
-def test_other_settings_are_refused(
-    plan_tiny: PlanTiny, tiny_model: Path, tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A run folder opened with other settings: exit 2, each that differs is named with both values, nothing changes."""
-    run = plan_tiny(tmp_path / "run", **AUGMENT)
-    job, before = run.plan.job, tree(run.path)
-    model = shutil.copytree(tiny_model, tmp_path / "other-model")
-    source = shutil.copytree(tiny_source, tmp_path / "other-source")
-    others = {"t_boom": "0.5", "seed": 6, "eta": 0.5, "model": str(model), "dataset": str(source), "variants": 2}
-    for changes in (*({name: value} for name, value in others.items()), others):
-        assert main(_command(job, run.path, verb="augment", **changes)) == 2
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        told = captured.err.partition("was planned with ")[2].partition("; use another --out")[0].split(", ")
-        names = [f"{name} {getattr(job, name)} (now {value})" for name, value in changes.items()]
-        names += [f"source {tiny_source} (now {source})"] if "dataset" in changes else []
-        assert sorted(told) == sorted(names)
-        assert tree(run.path) == before
-    assert main(_command(job, run.path, verb="anonymize", eta=1.0)) == 2
-    assert "mode augment (now anonymize)" in capsys.readouterr().err
-    assert tree(run.path) == before
-
-
-def test_environment_class(plan_tiny: PlanTiny, tiny_source: Path, tmp_path: Path, boomgen: Any) -> None:
-    """A run planned for another CPU capability is refused here, with the setting named; --allow-mixed runs it, and the
-    done records tell what it ran on."""
-    run = tmp_path / "run"
-    job = plan_tiny(tmp_path / "here", limit=16).plan.job
-    other = os.environ | {"ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "1"}
-    boomgen(*_command(job, run, "--limit", "16", verb="plan"), env=other)
-    here, there = env.environment("cpu"), RunDir(run).plan.environment
-    assert there == here | {"cpu_capability": "DEFAULT"} != here
-    done = boomgen("resume", run, "--workers", 1, check=False)
-    assert done.returncode == 1
-    line = f"this device is not of the planned class: cpu_capability DEFAULT (here {here['cpu_capability']}); "
-    assert done.stderr.splitlines()[-1].startswith(f"boomgen: {line}")
-    assert RunDir(run).missing() == [0]
-    boomgen("resume", run, "--workers", 1, "--allow-mixed")
-    assert unseal((run / "shards" / "00000" / "done.json").read_bytes())["environment"] == here
-    assert not list(verify(RunDir(run)))

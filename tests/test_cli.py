@@ -103,6 +103,10 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             "t_boom 1.5 is outside the chain; expected 0 (the source) to 1 (purely synthetic)",
         ),
         (
+            ["anonymize", "--dataset", "fashion-sample", "--t-boom", "0"],
+            "--t-boom 0 with anonymize gives the originals, unchanged; use a greater one, or augment",
+        ),
+        (
             ["anonymize", "--dataset", "fashion-sample", "--t-boom", "40/100", "--steps", "50"],
             "--t-boom 40/100 with --steps 50; a level names its own steps, drop --steps",
         ),

@@ -86,12 +86,11 @@ def outputs(run: RunDir) -> dict[str, np.ndarray]:
     return found
 
 
-@pytest.mark.parametrize("mode", ["anonymize", "augment"])
 @pytest.mark.parametrize("build", [idx, class_folders, flat_folder, tars, saved], ids=lambda build: build.__name__)
-def test_the_identity_through_every_source(build: Any, mode: str, tiny_model: Path, tmp_path: Path) -> None:
+def test_the_identity_through_every_source(build: Any, tiny_model: Path, tmp_path: Path) -> None:
     build(tmp_path / "source")
     job = Job(
-        mode=mode, dataset=str(tmp_path / "source"), model=str(tiny_model), t_boom="0", batch_size=4, shard_size=8
+        mode="augment", dataset=str(tmp_path / "source"), model=str(tiny_model), t_boom="0", batch_size=4, shard_size=8
     )
     run = make(prepare(job, Launch(out=str(tmp_path / "run"), device="cpu")))
     rows = manifest.read(run.manifest).to_pylist()
@@ -109,7 +108,7 @@ def test_the_identity_through_every_source(build: Any, mode: str, tiny_model: Pa
         if build in (class_folders, flat_folder):
             assert row["source_key"].rsplit("/")[-1] in (f"no. {i}.v1.png", f"{i}.png")
     assert seen == set(range(COUNT))
-    assert [row["source_row"] for row in rows] != list(range(COUNT))  # the order is the secret's or the seed's
+    assert [row["source_row"] for row in rows] != list(range(COUNT))  # the order is the seed's
 
 
 def test_full_noise_does_not_depend_on_the_source(tiny_model: Path, secret_file: Path, tmp_path: Path) -> None:

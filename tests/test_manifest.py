@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import re
+import shutil
 import struct
 import zlib
 
@@ -117,6 +118,11 @@ def test_every_reader_sees_one_table(run, tmp_path):
     assert by_duckdb.to_pylist() == by_arrow
     count = "SELECT label, count(*) AS n FROM '{}' WHERE status = 'ok' GROUP BY label ORDER BY label"
     assert duckdb.sql(count.format(files)).fetchall() == [(label, 20) for label in range(10)]
+
+
+def test_a_folder_named_like_a_partition_adds_no_column(run, tmp_path):
+    shutil.copytree(run.manifest, tmp_path / "t_boom=0.4" / "manifest")
+    assert manifest.read(tmp_path / "t_boom=0.4" / "manifest").equals(manifest.read(run.manifest))
 
 
 def test_read_takes_columns(run):

@@ -101,6 +101,7 @@ def test_every_flip_is_named(run: RunDir, faults: Check, linked: bool, capsys: p
     if linked:
         assert set(kinds) == {
             *("plan.json", "index.parquet", "secret", "dataset/README.md", "dataset/_info.json"),
+            "dataset.json",
             *("shards/N/data.tar", "shards/N/manifest.parquet", "shards/N/done.json"),
             *("dataset/data/trainN.tar", "manifest/partN.parquet"),
         }
