@@ -245,6 +245,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
+    except OSError as err:
+        return _complain(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}", ERROR, verbose)
     except Exception as err:
         return _complain(f"{type(err).__name__}: {err} (a fault of boomgen; -v shows where)", ERROR, verbose)
     except (Stopped, KeyboardInterrupt) as err:

@@ -6,10 +6,10 @@ class is refused.
 
 import os
 import platform
-import zlib
 from importlib import metadata
 from pathlib import Path
 
+from boomgen import __version__
 from boomgen.errors import UsageError
 from boomgen.job import Launch
 
@@ -38,13 +38,14 @@ def _cpu_name() -> str:
 def environment(device: str) -> dict[str, str]:
     """The class of a device ('cpu' or 'cuda') on this machine, as names and values that are compared one by one."""
     import torch
+    from PIL import features
 
+    codecs = {name: features.version(name) for name in ("zlib", "zlib_ng", "jpg", "libjpeg_turbo", "webp")}
     found = {
+        "boomgen": __version__,
         "torch": torch.__version__,
-        "numpy": metadata.version("numpy"),
-        "pyarrow": metadata.version("pyarrow"),
-        "pillow": metadata.version("pillow"),
-        "zlib": zlib.ZLIB_RUNTIME_VERSION,
+        **{name: metadata.version(name) for name in ("diffusers", "numpy", "pyarrow", "pillow")},
+        "codecs": " ".join(f"{name} {version}" for name, version in codecs.items() if version),
     }
     if device == "cuda":
         major, minor = torch.cuda.get_device_capability()
@@ -91,16 +92,22 @@ def choose_device(launch: Launch) -> tuple[str, int]:
 
 
 def claim(device: str) -> str:
-    """Make 'cuda:N' the only GPU that this process sees, and its kernels deterministic. Before CUDA is used."""
+    """Make 'cuda:N' the only GPU that this process sees. Before CUDA is used."""
     if not device.startswith("cuda:"):
         return device
-    import torch
-
     number, visible = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.backends.cudnn.deterministic = True
     return "cuda"
+
+
+def fix_kernels() -> None:
+    """Make torch's choice of kernels follow from the environment class alone. Before CUDA is used."""
+    import torch
+
+    torch.set_num_threads(1)  # torch cuts and picks CPU kernels by the number of threads
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def default_dtype(device: str) -> str:

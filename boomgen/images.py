@@ -1,16 +1,19 @@
 """Between stored images and the model's pixels: decode, fit to the native size and back, encode."""
 
+import contextlib
 import io
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 from boomgen.errors import RowError
 from boomgen.sources.base import RawImage
 
-MAX_PIXELS = 2**28  # 268 megapixels; more is refused by the header, before a pixel is decoded
+MAX_PIXELS = (
+    2**27
+)  # 134 megapixels, below what Pillow itself refuses; more is refused by the header, before a pixel is decoded
 Pixels = NDArray[np.uint8]
 """(H, W, C) with C = 1 (grey) or 3 (RGB)."""
 
@@ -36,17 +39,26 @@ def decode(raw: RawImage, channels: int) -> Pixels:
         image = _open(raw)
         if image.width * image.height > MAX_PIXELS:
             raise RowError("too-large", f"{image.width}x{image.height} pixels, at most {MAX_PIXELS} are decoded")
-        image = _flat(ImageOps.exif_transpose(image))
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, MemoryError) as err:
-        raise RowError("undecodable", str(err).splitlines()[0] if str(err) else type(err).__name__) from err
+        pixels = np.asarray(_flat(_upright(image)).convert("L" if channels == 1 else "RGB"))
+    except (RowError, MemoryError):  # another machine may have the memory
+        raise
     except Image.DecompressionBombError as err:
         raise RowError("too-large", str(err)) from err
+    except Exception as err:  # decoders raise what they like, but follow from the bytes alone
+        raise RowError("undecodable", str(err).splitlines()[0] if str(err) else type(err).__name__) from err
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
 def _open(raw: RawImage) -> Image.Image:
     return Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else Image.fromarray(raw)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Rotated as its EXIF says; as it is where that cannot be read, for the pixels may be good."""
+    image.load()
+    with contextlib.suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
 
 
 def _flat(image: Image.Image) -> Image.Image:
@@ -62,15 +74,14 @@ def _flat(image: Image.Image) -> Image.Image:
 def fit(pixels: Pixels, size: int, how: str) -> tuple[Pixels, Box]:
     """The image as (size, size, C), and where its content lies.
 
-    crop: the shorter side is resized to `size` and the centre is cut out. pad: never enlarged; what is larger is
+    crop: the centre square is cut out and resized to `size`. pad: never enlarged; what is larger is
     shrunk to fit, then black is added around it and cut off again by `unfit`.
     """
     height, width = pixels.shape[:2]
     if how == "crop":
-        scale = size / min(height, width)
-        pixels = _resize(pixels, max(size, round(height * scale)), max(size, round(width * scale)))
-        top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-        return pixels[top : top + size, left : left + size], Box(0, 0, size, size)
+        side = min(height, width)  # cut first: a long strip, enlarged whole, would fill the memory
+        top, left = (height - side) // 2, (width - side) // 2
+        return _resize(pixels[top : top + side, left : left + side], size, size), Box(0, 0, size, size)
     scale = min(1.0, size / max(height, width))
     pixels = _resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
     height, width = pixels.shape[:2]
@@ -88,7 +99,7 @@ def unfit(pixels: Pixels, box: Box) -> Pixels:
 def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
-    resized = to_image(pixels).resize((width, height), Image.Resampling.LANCZOS)
+    resized = to_image(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.LANCZOS)
     return np.asarray(resized).reshape(height, width, pixels.shape[2])
 
 

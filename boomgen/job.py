@@ -29,6 +29,8 @@ class Job(_Options):
     dataset: str = Field(description="a named data set, a folder, a .tar, or owner/name on the Hugging Face Hub")
     data_dir: str | None = _option("folder that holds the named data set")
     split: str | None = _option("split to read (preset, else train)")
+    image_column: str | None = _option("column of the images, in a table (default: the first of type image)")
+    label_column: str | None = _option("column of the labels, in a table (default: one of class labels)")
     limit: int | None = _option("only the first N images of the source", ge=1)
     model: str | None = _option("model preset, diffusers folder, or owner/name on the Hugging Face Hub")
     t_boom: str | None = _option("how far to noise: a fraction of the chain (0.4) or a level (40/100)")
@@ -52,6 +54,11 @@ class Job(_Options):
     compile: Literal["yes", "no"] | None = _option("compile the network ahead of time (default: by the job's cost)")
     batch_size: int | None = _option("images per network call", ge=1)
     shard_size: int | None = _option("images per shard", ge=1)
+
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _compile_text(cls, value: Any) -> Any:
+        return {True: "yes", False: "no"}.get(value, value)  # what YAML makes of yes and no
 
     @field_validator("t_boom", mode="before")
     @classmethod

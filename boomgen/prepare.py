@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,7 +57,8 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
     fraction, steps = t_boom_of(job.model_copy(update={"t_boom": t_boom}))
     if fraction == 0 and job.mode == "anonymize":
         raise UsageError("--t-boom 0 with anonymize gives the originals, unchanged; use a greater one, or augment")
-    identity = preset is not None and preset.label_is_identity and job.mode == "anonymize"
+    people = preset or catalog.dataset(Path(job.dataset).name.lower())  # also a folder that is called like one
+    identity = people is not None and people.label_is_identity and job.mode == "anonymize"
     return job.model_copy(
         update={
             "model": model,
@@ -114,19 +116,27 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     made = _missing_parents(out)
     staging = out.parent / f".{out.name}.planning-{uuid.uuid4().hex[:8]}"
     try:
-        staging.mkdir(parents=True, mode=0o700)
+        with _writing(out):
+            staging.mkdir(parents=True, mode=0o700)
         _write_plan(staging, resolved, launch, device)
-        if out.exists():
-            out.rmdir()
-        staging.rename(out)
-    except OSError as err:
-        raise UsageError(f"cannot write {out}: {err.strerror or err}; use another --out") from err
+        with _writing(out):
+            if out.exists():
+                out.rmdir()
+            staging.rename(out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:  # a failed plan leaves nothing behind
             with contextlib.suppress(OSError):
                 folder.rmdir()
     return RunDir(out)
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as err:
+        raise UsageError(f"cannot write {out}: {err.strerror or err}; use another --out") from err
 
 
 def _missing_parents(out: Path) -> list[Path]:
@@ -153,7 +163,8 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     model = models.inspect(str(job.model))
     source = _index_source(folder, resolved)
     rows, chain = source.rows * job.variants, _chain(job, model)
-    network = _network(folder, job, model, device, rows * chain.level, models.class_map(model, source.classes))
+    classes = _classes(model, source, index.Index(folder / "index.parquet").label_counts())
+    network = _network(folder, job, model, device, rows * chain.level, classes)
     plan = Plan(
         boomgen=__version__,
         job=job.model_copy(update={"split": source.split}),
@@ -176,11 +187,13 @@ def _index_source(folder: Path, resolved: Resolved) -> SourcePlan:
     """Open the source, write its index, and pin both."""
     job, preset = resolved.job, resolved.preset
     hub = preset.hub if preset and preset.hub and preset.hub.id == resolved.location else None
+    image_column = job.image_column or (hub.image_column if hub else None)
+    label_column = job.label_column or (hub.label_column if hub else None)
     source = open_source(
         catalog.resolved(resolved.location),
         job.split,
-        image_column=hub.image_column if hub else None,
-        label_column=hub.label_column if hub else None,
+        image_column=image_column,
+        label_column=label_column,
         revision=hub.revision if hub else None,
     )
     path = folder / "index.parquet"
@@ -191,8 +204,8 @@ def _index_source(folder: Path, resolved: Resolved) -> SourcePlan:
         name=job.dataset,
         split=source.split,
         revision=getattr(source, "revision", None),
-        image_column=hub.image_column if hub else None,
-        label_column=hub.label_column if hub else None,
+        image_column=image_column,
+        label_column=label_column,
         rows=rows,
         classes=_class_names(resolved, source.classes, labels),
         labelled=set(labels) != {NO_LABEL},
@@ -233,6 +246,15 @@ def _chain(job: Job, model: ModelInfo) -> ChainPlan:
     )
 
 
+def _classes(model: ModelInfo, source: SourcePlan, labels: dict[int, int]) -> tuple[int, ...] | None:
+    """The model's class of each label; refused where it needs one and there is none."""
+    classes = models.class_map(model, source.classes)
+    if model.class_count and model.null_class is None and (classes is None or NO_LABEL in labels):
+        without = "has images without a label" if classes is not None else "names others"
+        raise UsageError(f"model {model.name} needs a class of its own for every image; {source.name} {without}")
+    return classes
+
+
 def _network(
     folder: Path, job: Job, model: ModelInfo, device: str, image_calls: int, classes: tuple[int, ...] | None
 ) -> NetworkPlan:
@@ -240,8 +262,6 @@ def _network(
 
     from boomgen.models.pixel_unet import compile_network, flops
 
-    if model.class_count and classes is None and model.null_class is None:
-        raise UsageError(f"model {model.name} needs a class of its own for every label; {job.dataset} names others")
     batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2))
     dtype = job.dtype or env.default_dtype(device)
     cost = flops(model, batch)

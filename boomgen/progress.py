@@ -50,6 +50,8 @@ def show(plan: Plan, missing: Sequence[int], events: Iterable[Event]) -> None:
             bar.update(count.made - before)
             if event.kind in ("failed", "lost"):
                 tqdm.write(f"shard {event.shard}: {event.text}", file=sys.stderr)
+            if event.kind == "gone":
+                tqdm.write(f"{event.text}; the others go on", file=sys.stderr)
             if count.failed:
                 bar.set_postfix(failed=count.failed, refresh=False)
             if not live and time.monotonic() - last > LINE_EVERY:

@@ -1,6 +1,5 @@
 """RunDir: the folder on disk, which is all the state that a run has."""
 
-import hashlib
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ from boomgen import keys
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index
 from boomgen.plan import Plan, read_plan
-from boomgen.shard import DONE, unseal
+from boomgen.shard import DONE, sha256_file, unseal
 
 
 class Status(NamedTuple):
@@ -39,7 +38,7 @@ class RunDir:
     @cached_property
     def plan_sha256(self) -> str:
         """What a done record says that it belongs to."""
-        return hashlib.sha256(self.plan.to_bytes()).hexdigest()
+        return sha256_file(self.path / "plan.json")
 
     @property
     def shards(self) -> Path:
@@ -90,9 +89,7 @@ class RunDir:
         path = self.path / "index.parquet"
         if not path.exists():
             raise BoomgenError(f"{path} is gone (destroyed with --linkage none, or moved); nothing can be made again")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self.plan.source.index_sha256:
+        if sha256_file(path) != self.plan.source.index_sha256:
             raise BoomgenError(f"{path} is not the planned index (sha256 differs); restore it, or plan a new run")
         return Index(path)
 

@@ -152,6 +152,7 @@ class ShardWriter:
 
     def abandon(self) -> None:
         """Leave nothing behind."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # it writes what is left, and a full disk is full for that too
+            self._file.close()
         with contextlib.suppress(FileNotFoundError):
             shutil.rmtree(self.folder)

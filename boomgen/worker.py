@@ -69,6 +69,7 @@ class Worker:
     """
 
     def __init__(self, run: RunDir, device: str | None = None, allow_mixed: bool = False) -> None:
+        env.fix_kernels()
         self.run, self.plan = run, run.plan
         self.device = device or self.plan.network.device
         self.environment = env.environment(self.device)
@@ -78,7 +79,6 @@ class Worker:
                 f"this device is not of the planned class: {differs}; run on the planned class, plan anew here, or "
                 "accept other bytes with --allow-mixed"
             )
-        torch.set_num_threads(1)  # the number of threads decides bits: torch cuts and dispatches kernels by it
         self.secret, self.index, self.source = run.secret, run.index, self.plan.source.open()
         self.levels = self.plan.chain.levels
         classes = self.plan.network.classes
@@ -275,7 +275,7 @@ class Worker:
                 failed[entry["reason"]] = failed.get(entry["reason"], 0) + 1
         return {
             "boomgen": __version__,
-            "plan_sha256": hashlib.sha256(self.plan.to_bytes()).hexdigest(),
+            "plan_sha256": self.run.plan_sha256,
             "rows": len(entries),
             "ok": len(entries) - sum(failed.values()),
             "failed": failed,

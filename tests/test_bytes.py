@@ -374,6 +374,23 @@ def test_failure_of_the_device_ends_the_worker(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().err.count("Traceback") == 2
 
 
+def test_a_device_that_cannot_start_leaves_the_work_to_the_others(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken device is tried three times and given up, by one event that names it; the good one makes all shards."""
+    from boomgen.engines.local import LocalEngine
+
+    run, python = plan_tiny(tmp_path / "run", **LONG), tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *broken*) exit 1;; esac\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    events = list(LocalEngine(run, ["broken", "cpu"]).run(range(13)))
+    assert sorted(event.shard for event in events if event.kind == "done") == list(range(13))
+    (gone,) = [event for event in events if event.kind == "gone"]
+    assert gone.text == f"worker 0 (broken) dies while starting; see {run.logs}/worker-000.log"
+    assert not run.missing()
+
+
 def test_workers_that_cannot_start(plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that die while starting are tried three times, then it is one line that names the log."""
     from boomgen.engines.local import LocalEngine

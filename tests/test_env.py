@@ -1,6 +1,9 @@
 """Devices are what was asked for, or refused; each GPU worker sees its own; classes are compared by name."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch
 from boomgen import env
 from boomgen.errors import UsageError
 from boomgen.job import Launch
+
+from .conftest import PlanTiny
 
 
 def test_every_gpu_worker_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,7 +23,18 @@ def test_every_gpu_worker_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert env.claim("cuda:2") == "cuda"
         assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
     assert env.claim("cpu") == "cpu"
-    assert torch.backends.cudnn.deterministic
+
+
+def test_every_worker_fixes_the_choice_of_kernels(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    """Also one that no engine started, as `verify --remake` has it: it must compute what the shards' workers did."""
+    code = (
+        "import os, sys, torch; torch.set_num_threads(2); from boomgen.run import RunDir; from boomgen.worker import *;"
+        "Worker(RunDir(sys.argv[1])); cudnn = torch.backends.cudnn;"
+        "print(torch.get_num_threads(), os.environ['CUBLAS_WORKSPACE_CONFIG'], cudnn.deterministic, cudnn.benchmark)"
+    )
+    command = [sys.executable, "-c", code, str(plan_tiny(tmp_path / "run").path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 :4096:8 True False\n"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +68,8 @@ def test_the_class_of_this_machine_is_stable_and_differences_are_named() -> None
     here = env.environment("cpu")
     assert here == env.environment("cpu")
     assert here["torch"] == torch.__version__
+    assert {"boomgen", "diffusers", "numpy", "pyarrow", "pillow", "codecs", "device", "cpu_capability"} < here.keys()
+    assert "zlib " in here["codecs"]
     assert env.difference(here, here) == ""
     assert env.difference({**here, "numpy": "1.0"}, here) == f"numpy 1.0 (here {here['numpy']})"
     assert env.difference({"torch": "2"}, {"torch": "2", "cuda": "13"}) == "cuda unset (here 13)"

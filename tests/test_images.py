@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -35,6 +36,19 @@ def test_exif_rotation_is_applied() -> None:
     exif[0x0112] = 6  # the camera was turned: show it rotated by 90 degrees clockwise
     turned = images.decode(stored(Image.fromarray(COLOUR), exif=exif), 3)
     np.testing.assert_array_equal(turned, np.rot90(COLOUR, -1))
+
+
+@pytest.mark.parametrize("exif", [b"MM\0*", b"II", b"nonsense" * 9, b"MM\0+\0\x08\0\0"])
+def test_exif_that_cannot_be_read_costs_no_row(exif: bytes) -> None:
+    """Pillow raises struct.error, SyntaxError and others for these."""
+    np.testing.assert_array_equal(images.decode(stored(Image.fromarray(COLOUR), exif=exif), 3), COLOUR)
+
+
+def test_lack_of_memory_is_the_machines_fault_and_any_other_the_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, seen in ((MemoryError(), MemoryError), (struct.error("x"), RowError), (TypeError("x"), RowError)):
+        monkeypatch.setattr(images, "_flat", Mock(side_effect=error))
+        with pytest.raises(seen):
+            images.decode(stored(Image.fromarray(COLOUR)), 3)
 
 
 def test_alpha_lies_on_white() -> None:
@@ -98,6 +112,15 @@ def test_crop_takes_the_centre_and_leaves_a_fitting_image_alone() -> None:
     wide[:, 8:16] = 200
     np.testing.assert_array_equal(images.fit(wide, 8, "crop")[0], np.full((8, 8, 3), 200, np.uint8))
     assert images.fit(np.zeros((31, 97, 3), np.uint8), 8, "crop")[0].shape == (8, 8, 3)
+
+
+def test_a_long_strip_is_cut_before_it_is_enlarged() -> None:
+    """Enlarged whole, it would take 15 GB."""
+    strip = np.zeros((1, 10_000_000, 3), np.uint8)
+    strip[0, 4_999_999:5_000_001] = 200
+    square, _ = images.fit(strip, 32, "crop")
+    assert square.shape == (32, 32, 3)
+    assert (square == 200).all()
 
 
 @pytest.mark.parametrize("kind", ["png", "webp"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from fractions import Fraction
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from boomgen import catalog, models
+from boomgen import catalog, images, models
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.job import Job, Launch
 from boomgen.models import class_map
@@ -101,8 +103,6 @@ def test_labels_beyond_the_known_names_are_refused(
 
 
 def test_pickled_weights_are_not_loaded(tiny_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
@@ -112,19 +112,88 @@ def test_pickled_weights_are_not_loaded(tiny_model: Path, tmp_path: Path) -> Non
 
 
 def test_other_families_are_recognised_and_refused(tiny_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     config = folder / "unet" / "config.json"
     config.write_text(config.read_text().replace("UNet2DModel", "UNet2DConditionModel"))
     with pytest.raises(UsageError, match="is a UNet2DConditionModel; this version runs pixel-space"):
         models.inspect(str(folder))
+    shutil.rmtree(folder / "unet")
+    (folder / "model_index.json").write_text('{"_class_name": "DiTPipeline"}')
+    with pytest.raises(UsageError, match="is a DiTPipeline; this version runs pixel-space"):
+        models.inspect(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "has a FlowMatchEulerDiscreteScheduler;"),
+        ("scheduler", {"prediction_type": "flow"}, "predicts flow; expected epsilon, sample, v_prediction"),
+        ("scheduler", {"thresholding": True}, "clips by thresholding"),
+        ("scheduler", {"clip_sample_range": 3.0}, "or to another range"),
+        ("unet", {"out_channels": 2}, "has 2 output and 1 input channels; this version does not run learned variances"),
+    ],
+)
+def test_a_model_that_would_run_and_be_wrong_is_refused(
+    tiny_model: Path, tmp_path: Path, file: str, change: dict[str, Any], said: str
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    config = folder / file / ("config.json" if file == "unet" else "scheduler_config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    with pytest.raises(UsageError, match=said):
+        models.inspect(str(folder))
+
+
+@pytest.mark.parametrize(("null_class", "labels"), [(False, True), (False, False), (True, False)])
+def test_images_without_a_label_need_a_class_for_none(
+    tiny_model: Path, tmp_path: Path, null_class: bool, labels: bool
+) -> None:
+    """A model without a class for none would show them as its class 0."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    if not null_class:
+        (folder / "boomgen.yaml").unlink()
+    for number in range(4):
+        place = tmp_path / "source" / (f"class {number % 2}" if labels else "")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(place / f"{number}.png")
+    job = Job(mode="augment", dataset=str(tmp_path / "source"), model=str(folder), t_boom="0.4", steps=10)
+    if labels or null_class:
+        classes = prepare(job, Launch(out=str(tmp_path / "run"), device="cpu")).plan.network.classes
+        assert classes == ((0, 1) if labels else None)
+    else:
+        with pytest.raises(UsageError, match="needs a class of its own for every image"):
+            prepare(job, Launch(out=str(tmp_path / "run"), device="cpu"))
+
+
+def test_columns_are_the_jobs_before_the_presets(tiny_model: Path, tmp_path: Path) -> None:
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "other": datasets.Image(), "n": datasets.Value("int64")})
+    pictures = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (1, 2)]
+    data = datasets.Dataset.from_dict({"image": pictures, "other": pictures[::-1], "n": [0, 1]}, features=features)
+    data.save_to_disk(tmp_path / "saved")
+    columns = {"image_column": "other", "label_column": "n"}
+    job = Job(mode="augment", dataset=str(tmp_path / "saved"), model=str(tiny_model), t_boom="0", steps=10, **columns)
+    run = prepare(job, Launch(out=str(tmp_path / "run"), device="cpu"))
+    rows = run.index.take([0, 1])
+    assert [row.label for row in rows] == [0, 1]
+    assert [int(images.decode(run.plan.source.open().read(row), 1)[0, 0, 0]) for row in rows] == [2, 1]
+
+
+def test_a_folder_called_like_a_data_set_of_people_drops_their_names(tmp_path: Path, tiny_model: Path) -> None:
+    (tmp_path / "LFW").mkdir()
+    job = Job(mode="anonymize", dataset=f"{tmp_path}/LFW/", model=str(tiny_model), t_boom="0.5")
+    assert resolve(job).job.labels == "drop"
+    assert resolve(job.model_copy(update={"labels": "keep"})).job.labels == "keep"
+    assert resolve(job.model_copy(update={"mode": "augment"})).job.labels == "keep"
+
+
+@pytest.mark.parametrize(("written", "means"), [(True, "yes"), (False, "no"), ("yes", "yes"), (None, None)])
+def test_yes_and_no_are_words_in_yaml_too(written: Any, means: str | None) -> None:
+    assert Job(mode="augment", dataset="x", compile=written).compile == means
 
 
 def test_a_model_that_changed_after_planning_is_refused(plan_tiny: PlanTiny, tiny_model: Path, tmp_path: Path) -> None:
-    import shutil
-
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
     run = plan_tiny(tmp_path / "run", model=str(folder))

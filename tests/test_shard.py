@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import tarfile
@@ -155,6 +156,25 @@ def test_abandoned_leaves_nothing(tmp_path: Path) -> None:
     writer.abandon()
     writer.abandon()
     assert list((tmp_path / "staging").iterdir()) == list((tmp_path / "shards").iterdir()) == []
+
+
+def test_abandoned_on_a_full_disk(tmp_path: Path) -> None:
+    """A file that can take no more (here: of a limited size) fails when it is closed too; the attempt is gone all the
+    same, or it would keep the space that later shards need."""
+
+    def attempt() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        writer = ShardWriter(tmp_path / "shards", tmp_path / "staging", 3)
+        with pytest.raises(OSError, match="File too large"):
+            writer.row("a", {"png": bytes(100_000)})
+        writer.abandon()
+
+    child = multiprocessing.get_context("fork").Process(target=attempt)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert list((tmp_path / "staging").iterdir()) == []
 
 
 def test_stopped_while_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ ATTEMPTS = 3
 
 
 class Event(NamedTuple):
-    """What a worker said. kind: ready, tick, done, failed, fatal or lost."""
+    """What a worker said. kind: ready, tick, done, failed, fatal; or lost (it died), gone (it never starts)."""
 
     kind: str
     shard: int
@@ -84,7 +84,7 @@ class LocalEngine:
         self.hands: dict[int, _Hand] = {}
         self.selector = selectors.DefaultSelector()
         self.failures: collections.Counter[int] = collections.Counter()
-        self.stillborn = 0
+        self.stillborn: collections.Counter[int] = collections.Counter()
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
         """Make the shards in this order of hand-out; every event as it happens.
@@ -145,10 +145,12 @@ class LocalEngine:
     def _lost(self, hand: _Hand, queue: collections.deque[int]) -> list[Event]:
         self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
         hand.close()
-        self.stillborn = 0 if hand.started else self.stillborn + 1
+        self.stillborn[hand.number] = 0 if hand.started else self.stillborn[hand.number] + 1
         del self.hands[hand.number]
-        if self.stillborn >= ATTEMPTS:
-            raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
+        if self.stillborn[hand.number] >= ATTEMPTS:
+            if queue and not self.hands:
+                raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
+            return [Event("gone", -1, f"worker {hand.number} ({hand.device}) dies while starting; see {hand.log}")]
         events = []
         if hand.shard is not None:
             self._again(hand.shard, queue)

@@ -20,6 +20,10 @@ if TYPE_CHECKING:  # plans are read without torch
     from torch import Tensor
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHAINS = ("DDPMScheduler", "DDIMScheduler", "PNDMScheduler")
+"""Schedulers whose configs describe a chain trained as a DDPM; which solver it names does not matter."""
+ONLY = "this version runs pixel-space UNet2DModel folders (DDPM and patched DDPM), see boomgen models"
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class Denoiser(Protocol):
@@ -108,18 +112,19 @@ def inspect(name: str) -> ModelInfo:
     folder, path = locate(name)
     unet_folder = folder / "unet" if (folder / "unet").is_dir() else folder
     scheduler_folder = folder / "scheduler" if (folder / "scheduler").is_dir() else folder
+    pipeline = folder / "model_index.json"
+    if pipeline.exists() and not (unet_folder / "config.json").exists():
+        raise UsageError(f"model {name} is a {_config(pipeline, name).get('_class_name')}; {ONLY}")
     unet = _config(unet_folder / "config.json", name)
     scheduler = _config(scheduler_folder / "scheduler_config.json", name)
     own = yaml.safe_load((folder / "boomgen.yaml").read_text()) if (folder / "boomgen.yaml").exists() else {}
     if unet.get("_class_name") != "UNet2DModel" or unet.get("time_embedding_type", "positional") != "positional":
-        raise UsageError(
-            f"model {name} is a {unet.get('_class_name', 'folder without _class_name')}; this version runs pixel-space "
-            "UNet2DModel folders (DDPM and patched DDPM), see boomgen models"
-        )
+        raise UsageError(f"model {name} is a {unet.get('_class_name', 'folder without _class_name')}; {ONLY}")
+    patch = int(own.get("patch", 1))
+    _check_chain(name, unet, scheduler)
     files = [unet_folder / "config.json", unet_folder / WEIGHTS, scheduler_folder / "scheduler_config.json"]
     if not files[1].exists():
         raise UsageError(f"model {name} has no {WEIGHTS}; expected safetensors weights, pickled ones are not loaded")
-    patch = int(own.get("patch", 1))
     embeds = unet.get("num_class_embeds") or 0
     null_class = own.get("null_class")
     return ModelInfo(
@@ -140,6 +145,21 @@ def inspect(name: str) -> ModelInfo:
             own.get("licence") or (catalog.models()[name].licence if name in catalog.models() else "not stated")
         ),
     )
+
+
+def _check_chain(name: str, unet: dict[str, Any], scheduler: dict[str, Any]) -> None:
+    """What would run and give wrong images is refused."""
+    if scheduler.get("_class_name") not in CHAINS:
+        raise UsageError(f"model {name} has a {scheduler.get('_class_name')}; this version knows {', '.join(CHAINS)}")
+    if scheduler.get("prediction_type", "epsilon") not in PREDICTIONS:
+        raise UsageError(f"model {name} predicts {scheduler['prediction_type']}; expected {', '.join(PREDICTIONS)}")
+    if scheduler.get("thresholding") or scheduler.get("clip_sample_range", 1.0) != 1.0:
+        raise UsageError(f"model {name} clips by thresholding or to another range than [-1, 1]; expected neither")
+    if unet.get("out_channels") != unet.get("in_channels"):
+        raise UsageError(
+            f"model {name} has {unet.get('out_channels')} output and {unet.get('in_channels')} input channels; "
+            "this version does not run learned variances"
+        )
 
 
 def _config(path: Path, name: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
-"""Pixel-space UNets of diffusers (DDPM, improved DDPM), whole or on patches, with or without classes."""
+"""Pixel-space UNets of diffusers (DDPM), whole or on patches, with or without classes."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def compile_network(info: ModelInfo, dtype: torch.dtype, batch: int, device: str
     """Compile the network for the one planned batch shape, ahead of time, into a file that loads in milliseconds."""
     from torch._inductor import aoti_compile_and_package
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA is no news on a CPU
     with torch.no_grad():
         network = Network(info, dtype).to(device)
         exported = torch.export.export(network, example_inputs(info, batch, device))
@@ -97,14 +99,14 @@ def compile_network(info: ModelInfo, dtype: torch.dtype, batch: int, device: str
 
 
 def load_compiled(package: Path) -> NetworkCall:
-    """The compiled network; needs neither diffusers nor the model folder."""
+    """The compiled network; needs no diffusers."""
     from torch._inductor import aoti_load_package
 
     return aoti_load_package(str(package))
 
 
 def flops(info: ModelInfo, batch: int) -> int:
-    """Floating-point operations of one network call, counted without running it."""
+    """Floating-point operations of one network call, counted by running it once for one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
