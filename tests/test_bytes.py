@@ -303,9 +303,8 @@ def test_poison_shard(plan_tiny: PlanTiny, boomgen: Any, tmp_path: Path) -> None
     *told, last = done.stderr.splitlines()
     assert last.startswith(f"boomgen: 1 shards failed 3 times and were set aside; shard {missing}: FileNotFoundError")
     assert last.endswith(f"; see boomgen logs {run.path}")
-    causes = [
-        line.partition(":")[0] for line in told if line.startswith("shard ")
-    ]  # a slow run also tells of its progress
+    # A slow run also tells of its progress.
+    causes = [line.partition(":")[0] for line in told if line.startswith("shard ")]
     assert causes == [f"shard {missing}"] * 3
     assert (run.logs / "worker-000.log").read_text().count("Traceback") == 3
     assert list(run.staging.iterdir()) == []
