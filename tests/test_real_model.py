@@ -274,7 +274,8 @@ def make(tmp_path: Path, secret_file: Path) -> MakeReal:
     def made(source: Labelled, name: str, **changes: Any) -> list[dict[str, Any]]:
         folder = write_idx(tmp_path / name / "source", source.pixels, source.labels)
         job = Job(**({"mode": "anonymize", "dataset": "fashion-mnist", "data_dir": str(folder), "steps": 5} | changes))
-        run = prepare(job, Launch(out=str(tmp_path / name / "run"), device="cpu", secret_file=str(secret_file)))
+        secret = str(secret_file) if job.mode == "anonymize" else None
+        run = prepare(job, Launch(out=str(tmp_path / name / "run"), device="cpu", secret_file=secret))
         worker = Worker(run)
         for shard in range(run.plan.shards):
             worker.make_shard(shard)
@@ -296,7 +297,7 @@ def outcomes(rows: list[dict[str, Any]], name: str = "pixel_sha256") -> list[Any
 def test_t_boom_0_returns_the_source(make: MakeReal, test_split: Labelled) -> None:
     source = first(test_split, 64)
     expected = [hashlib.sha256(each.tobytes()).hexdigest() for each in source.pixels]
-    assert outcomes(make(source, "nothing", t_boom="0")) == expected
+    assert outcomes(make(source, "nothing", mode="augment", t_boom="0")) == expected
 
 
 def test_at_t_boom_1_nothing_is_left_of_the_source(make: MakeReal, test_split: Labelled) -> None:
