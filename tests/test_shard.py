@@ -162,12 +162,16 @@ def test_abandoned_on_a_full_disk(tmp_path: Path) -> None:
     """A file that can take no more (here: of a limited size) fails when it is closed too; the attempt is gone all the
     same, or it would keep the space that later shards need."""
 
+    def fill(writer: ShardWriter) -> None:
+        for number in range(100):  # small rows, so that some are still in the file's buffer when the disk is full
+            writer.row(str(number), {"png": bytes(1000)})
+
     def attempt() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         writer = ShardWriter(tmp_path / "shards", tmp_path / "staging", 3)
         with pytest.raises(OSError, match="File too large"):
-            writer.row("a", {"png": bytes(100_000)})
+            fill(writer)
         writer.abandon()
 
     child = multiprocessing.get_context("fork").Process(target=attempt)
