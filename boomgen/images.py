@@ -11,9 +11,8 @@ from PIL import Image, ImageOps
 from boomgen.errors import RowError
 from boomgen.sources.base import RawImage
 
-MAX_PIXELS = (
-    2**27
-)  # 134 megapixels, below what Pillow itself refuses; more is refused by the header, before a pixel is decoded
+MAX_PIXELS = 2**27
+"""134 megapixels, below what Pillow itself refuses; more is refused by the header, before a pixel is decoded."""
 Pixels = NDArray[np.uint8]
 """(H, W, C) with C = 1 (grey) or 3 (RGB)."""
 

@@ -161,9 +161,9 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     job = resolved.job
     secret = _secret(job, launch)
     model = models.inspect(str(job.model))
-    source = _index_source(folder, resolved)
+    source, labels = _index_source(folder, resolved)
     rows, chain = source.rows * job.variants, _chain(job, model)
-    classes = _classes(model, source, index.Index(folder / "index.parquet").label_counts())
+    classes = _classes(model, source, labels)
     network = _network(folder, job, model, device, rows * chain.level, classes)
     plan = Plan(
         boomgen=__version__,
@@ -183,8 +183,8 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     write_durable(folder / "plan.json", plan.to_bytes())
 
 
-def _index_source(folder: Path, resolved: Resolved) -> SourcePlan:
-    """Open the source, write its index, and pin both."""
+def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[int, int]]:
+    """Open the source, write its index, and pin both; also the rows per label."""
     job, preset = resolved.job, resolved.preset
     hub = preset.hub if preset and preset.hub and preset.hub.id == resolved.location else None
     image_column = job.image_column or (hub.image_column if hub else None)
@@ -199,7 +199,7 @@ def _index_source(folder: Path, resolved: Resolved) -> SourcePlan:
     path = folder / "index.parquet"
     rows = index.build(source, path, job.limit)
     labels = index.Index(path).label_counts()
-    return SourcePlan(
+    planned = SourcePlan(
         location=resolved.location,
         name=job.dataset,
         split=source.split,
@@ -212,6 +212,7 @@ def _index_source(folder: Path, resolved: Resolved) -> SourcePlan:
         licence=preset.licence if preset else "not stated",
         index_sha256=sha256_file(path),
     )
+    return planned, labels
 
 
 def _secret(job: Job, launch: Launch) -> bytes:
