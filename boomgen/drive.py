@@ -1,5 +1,6 @@
 """From a job to a finished data set on one machine: plan, hand out, finalise, tell."""
 
+import fcntl
 import signal
 import threading
 from collections.abc import Iterator
@@ -8,7 +9,7 @@ from types import FrameType
 
 from boomgen import env
 from boomgen.engines.local import Event, LocalEngine
-from boomgen.errors import Stopped
+from boomgen.errors import BoomgenError, Stopped
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
 from boomgen.prepare import prepare
@@ -35,10 +36,10 @@ def resume(run: RunDir, launch: Launch) -> Status:
     status = run.status()
     if status.finalised and not status.missing:
         return status
-    with _signals():
+    with _signals(), _only_driver(run):
         try:
-            if status.missing:
-                _make(run, launch, status.missing)
+            if missing := run.missing():
+                _make(run, launch, missing)
             finalise(run)
         except Stopped as err:
             err.run = run.path
@@ -64,6 +65,22 @@ def _closing(events: Iterator[Event]) -> Iterator[Iterator[Event]]:
         yield events
     finally:
         events.close()  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _only_driver(run: RunDir) -> Iterator[None]:
+    """Two drivers would make every shard twice. The lock ends with this process, however it ends."""
+    with (run.path / "plan.json").open("rb+") as plan:
+        try:
+            fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as err:
+            raise BoomgenError(
+                f"{run.path} is being made by another boomgen; wait for its end, or stop it and go on with: "
+                f"boomgen resume {run.path}"
+            ) from err
+        except OSError:  # a disk without locks: work done twice does no harm
+            pass
+        yield
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 The plan lists a source once; after that, workers find any row by its number without walking the source again.
 """
 
+import contextlib
 import hashlib
 import math
 import os
@@ -55,9 +56,9 @@ def build(source: Source, path: Path, limit: int | None = None) -> int:
 
 def _write(rows: Iterable[Row], path: Path) -> int:
     count = 0
-    with pq.ParquetWriter(
-        path, SCHEMA, compression="zstd", compression_level=3, use_dictionary=["path", "label"], store_schema=False
-    ) as writer:
+    options = {"compression": "zstd", "compression_level": 3, "use_dictionary": ["path", "label"]}
+    # Arrow's own files do not say why they fail.
+    with path.open("wb") as file, pq.ParquetWriter(file, SCHEMA, store_schema=False, **options) as writer:
         rows = iter(rows)
         while group := list(islice(rows, GROUP_ROWS)):
             columns = zip(zip(*group, strict=True), SCHEMA.types, strict=True)
@@ -88,16 +89,26 @@ class Index:
     """Rows by number. One row group is kept in memory at a time, so one Index belongs to one thread."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        self._path = path
+        with self._reading():
             self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as err:
-            line = str(err).splitlines()[0]
-            raise UsageError(f"index {path} is not readable ({line}); expected a Parquet file: plan again") from err
+        if not self._file.schema_arrow.equals(SCHEMA):
+            raise UsageError(f"index {path} has other columns than {', '.join(SCHEMA.names)}; plan again")
         meta = self._file.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]
         self._starts = np.cumsum([0, *sizes])
         self._group = -1
         self._table: pa.Table | None = None
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException, UnicodeDecodeError) as err:
+            line = " ".join(str(err).split())[:200]
+            raise UsageError(
+                f"index {self._path} is not readable ({line}); expected a Parquet file: plan again"
+            ) from err
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -112,20 +123,23 @@ class Index:
         for group in np.unique(groups):
             chosen = numbers[groups == group]
             table = self._read(int(group)).take(pa.array(chosen - self._starts[group]))
-            columns = (column.to_pylist() for column in table.columns)
+            with self._reading():
+                columns = [column.to_pylist() for column in table.columns]
             taken.update(zip(chosen.tolist(), map(Row, *columns), strict=True))
         return [taken[number] for number in numbers.tolist()]
 
     def _read(self, group: int) -> pa.Table:
         if group != self._group:
-            self._group, self._table = group, self._file.read_row_group(group)
+            with self._reading():
+                self._group, self._table = group, self._file.read_row_group(group)
         return self._table
 
     def label_counts(self) -> dict[int, int]:
         """Rows per label, ascending; NO_LABEL counts the rows without one."""
         counts = Counter[int]()
-        for batch in self._file.iter_batches(columns=["label"]):
-            counts.update(batch.column(0).to_pylist())
+        with self._reading():
+            for batch in self._file.iter_batches(columns=["label"]):
+                counts.update(batch.column(0).to_pylist())
         return dict(sorted(counts.items()))
 
 

@@ -1,6 +1,9 @@
 """From a job to a planned run folder: fill in every default, index the source, freeze the plan."""
 
 import contextlib
+import glob
+import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -64,7 +67,6 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
             "model": model,
             "t_boom": t_boom,
             "steps": steps,
-            "split": job.split or (preset.default_split if preset else None),
             "fit": job.fit or (preset.fit if preset else "crop"),
             "linkage": job.linkage or ("private" if job.mode == "anonymize" else "public"),
             "labels": job.labels or ("drop" if identity else "keep"),
@@ -114,21 +116,49 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         raise UsageError(f"{out} exists and is no run folder; use another --out")
     device, _ = env.choose_device(launch)
     made = _missing_parents(out)
-    staging = out.parent / f".{out.name}.planning-{uuid.uuid4().hex[:8]}"
+    _clear_away(out)
+    staging = out.parent / f"{_planning(out, str(os.getpid()))}{uuid.uuid4().hex[:8]}"
     try:
         with _writing(out):
             staging.mkdir(parents=True, mode=0o700)
         _write_plan(staging, resolved, launch, device)
         with _writing(out):
-            if out.exists():
-                out.rmdir()
-            staging.rename(out)
+            try:
+                staging.rename(out)
+            except OSError:
+                if (out / "plan.json").exists():  # another boomgen was first
+                    return reopen(out, resolved, launch)
+                raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in made:  # a failed plan leaves nothing behind
             with contextlib.suppress(OSError):
                 folder.rmdir()
     return RunDir(out)
+
+
+def _planning(out: Path, process: str) -> str:
+    """How this machine names its unfinished plans for a run folder."""
+    return f".{out.name}.{process}@{platform.node()}.planning-"
+
+
+def _clear_away(out: Path) -> None:
+    """Remove what killed processes of this machine left of their plans: it may name people."""
+    before, _, after = _planning(out, "*").partition("*")
+    for folder in out.parent.glob(f"{glob.escape(before)}*{glob.escape(after)}*"):
+        process = folder.name.removeprefix(before).partition("@")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
 
 
 @contextlib.contextmanager
@@ -160,7 +190,7 @@ def reopen(out: Path, resolved: Resolved, launch: Launch) -> RunDir:
 def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -> None:
     job = resolved.job
     secret = _secret(job, launch)
-    model = models.inspect(str(job.model))
+    model = models.inspect(str(job.model), launch.allow_pickle)
     source, labels = _index_source(folder, resolved)
     rows, chain = source.rows * job.variants, _chain(job, model)
     classes = _classes(model, source, labels)
@@ -207,6 +237,7 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         image_column=image_column,
         label_column=label_column,
         rows=rows,
+        passed_over=dict(sorted(source.passed_over.items())),
         classes=_class_names(resolved, source.classes, labels),
         labelled=set(labels) != {NO_LABEL},
         licence=preset.licence if preset else "not stated",

@@ -21,6 +21,8 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from boomgen.untrusted import read_json
+
 TAR, PART, DONE = "data.tar", "manifest.parquet", "done.json"
 FAILPOINTS = ("staged", "row-written", "tar-closed", "part-written", "done-written", "synced", "published")
 
@@ -48,10 +50,7 @@ def unseal(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: any byte differs from what was written.
     """
-    try:
-        record = json.loads(data)
-    except RecursionError as err:
-        raise ValueError("nested too deep") from err
+    record = read_json(data)
     if not isinstance(record, dict) or sealed(record) != data:
         raise ValueError("the record is not what was written")
     return record
@@ -73,6 +72,12 @@ def write_durable(path: Path, data: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def write_part(part: pa.Table, path: Path) -> None:
+    """Write a manifest part through a file of Python's: Arrow's own do not say why they fail."""
+    with path.open("wb") as file:
+        pq.write_table(part, file, compression="zstd")
 
 
 def sync(path: Path) -> None:
@@ -125,7 +130,7 @@ class ShardWriter:
         self._tar.close()
         self._file.close()
         yield "tar-closed"
-        pq.write_table(part, self.folder / PART, compression="zstd")
+        write_part(part, self.folder / PART)
         yield "part-written"
         files = {
             name: {"sha256": sha256_file(self.folder / name), "bytes": (self.folder / name).stat().st_size}

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import json
 import os
+import re
 import selectors
 import signal
 import subprocess
@@ -20,9 +21,14 @@ from typing import Any, NamedTuple
 from boomgen import env
 from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
+from boomgen.untrusted import printable
 
 ATTEMPTS = 3
 """A shard that failed so often is set aside, and the rest goes on."""
+
+
+SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET", re.IGNORECASE)
+"""Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
 
 
 class Event(NamedTuple):
@@ -48,14 +54,23 @@ class _Hand:
         command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(int(allow_mixed))]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+                env={name: value for name, value in os.environ.items() if not SECRETS.search(name)},
             )
+        self._write(json.dumps({name: value for name, value in os.environ.items() if SECRETS.search(name)}))
 
     def give(self, shard: int) -> None:
-        assert self.process.stdin is not None
         self.shard, self.idle = shard, False
+        self._write(str(shard))
+
+    def _write(self, line: str) -> None:
+        assert self.process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # its death is seen on the other pipe
-            os.write(self.process.stdin.fileno(), f"{shard}\n".encode())
+            os.write(self.process.stdin.fileno(), f"{line}\n".encode())
 
     def events(self) -> list[Event] | None:
         """What it has said since; None once it has gone."""
@@ -63,6 +78,12 @@ class _Hand:
         data = os.read(self.process.stdout.fileno(), 65536)
         *lines, self._rest = (self._rest + data).split(b"\n")
         return [Event(**json.loads(line)) for line in lines] if data else None
+
+    def end(self) -> None:
+        """Ask it to end. The closed pipe wakes a read that began just after the signal came."""
+        assert self.process.stdin is not None
+        self.process.terminate()
+        self.process.stdin.close()
 
     def close(self) -> None:
         """Wait for its end; it was told, or is dead."""
@@ -107,7 +128,7 @@ class LocalEngine:
                             aside[event.shard] = event.text
         finally:
             for hand in self.hands.values():
-                hand.process.terminate()
+                hand.end()
             for hand in self.hands.values():
                 hand.close()
         if aside:
@@ -180,6 +201,7 @@ def serve(path: str, device: str, allow_mixed: bool) -> int:
 
     signal.signal(signal.SIGTERM, end)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ |= json.loads(sys.stdin.readline() or "{}")
     try:
         from boomgen.worker import Worker
 
@@ -204,19 +226,20 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
     except Exception as err:
         import traceback
 
-        print(f"{stamp} shard {shard} failed\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        _log(f"{stamp} shard {shard} failed\n{traceback.format_exc()}")
         say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
         if not isinstance(err, OSError | BoomgenError):
             sys.exit(1)  # a device that failed once may fail for ever in this process; the driver starts a fresh one
         say("ready")
     else:
         seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
-        print(
-            f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _log(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}")
         say("done", shard, rows=record["rows"], ok=record["ok"])
+
+
+def _log(text: str) -> None:
+    with contextlib.suppress(OSError):  # on a full disk the shard counts, not the talk about it
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
