@@ -35,7 +35,6 @@ class DataSet(_Frozen):
     licence_url: str | None = None
     hub: Hub | None = None
     builtin: str | None = None  # folder below boomgen/assets
-    default_split: str
     classes: tuple[str, ...] = ()  # used where the source itself names none
     imagenet_classes: tuple[int, ...] = ()  # class of an ImageNet-1k model for each label; empty: not a subset of it
     label_is_identity: bool = False

@@ -16,8 +16,9 @@ from boomgen import __version__, catalog, manifest
 from boomgen.errors import BoomgenError
 from boomgen.plan import Plan
 from boomgen.run import RunDir, ranges
-from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, sync, write_durable
+from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, sync, write_durable, write_part
 from boomgen.sources.base import NO_SPLIT
+from boomgen.untrusted import printable
 
 
 def finalise(run: RunDir) -> None:
@@ -126,7 +127,7 @@ def _unlink_part(run: RunDir, number: int) -> None:
         unlinked = manifest.unlinked(table)
         if table.column_names == unlinked.column_names:
             return
-        pq.write_table(unlinked, new, compression="zstd")
+        write_part(unlinked, new)
         sync(new)
         files = record["files"] | {PART: {"sha256": sha256_file(new), "bytes": new.stat().st_size}}
         write_durable(run.shard(number) / DONE, sealed({**record, "files": files}))
@@ -178,14 +179,31 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
     levels = plan.chain.levels
     words = {"anonymize": "anonymized", "augment": "augmented"}[plan.job.mode]
     return (
-        f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
+        f"---\n{yaml.dump(head, Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=1e9)}---\n\n"
         f"# {origin}, {words} with Boomerang\n\n"
         f"{rows} images made by boomgen {plan.boomgen} from {origin}: each was noised to level {plan.chain.level} of "
         f"{levels.count} (abar {levels.abar(plan.chain.level):.4f}) of {model} and brought back "
         f"(Luzi et al., TMLR 2024).\n\n"
         "A small t_boom changes an image little: distances to the source are reduced links, not proof of anonymity.\n\n"
-        f"- source licence: {plan.source.licence}\n- model licence: {plan.model.licence}\n"
+        f"- source licence: {_literal(plan.source.licence)}\n- model licence: {_literal(plan.model.licence)}\n"
     )
+
+
+class _OneLine(yaml.SafeDumper):
+    """Writes names with line breaks on one line: `---` on a line of its own would end the card's head."""
+
+
+def _quoted(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if text.isprintable() else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_OneLine.add_representer(str, _quoted)
+
+
+def _literal(text: str) -> str:
+    """Text that Markdown and HTML show as it is, on one line: it may come from a stranger's model folder."""
+    return re.sub(r"([\\`*_\[\]<>&#|])", r"\\\1", printable(" ".join(text.split())))
 
 
 def _features(plan: Plan) -> list[dict[str, Any]]:

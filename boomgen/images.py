@@ -13,6 +13,10 @@ from boomgen.sources.base import RawImage
 
 MAX_PIXELS = 2**27
 """134 megapixels, below what Pillow itself refuses; more is refused by the header, before a pixel is decoded."""
+MAX_BYTES = 2**30
+"""Of an image file; a greater one is refused before it is read."""
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "ICO")
+"""What is decoded, whatever a file's name is. Pillow knows more; one of them, EPS, starts a program."""
 Pixels = NDArray[np.uint8]
 """(H, W, C) with C = 1 (grey) or 3 (RGB)."""
 
@@ -49,7 +53,7 @@ def decode(raw: RawImage, channels: int) -> Pixels:
 
 
 def _open(raw: RawImage) -> Image.Image:
-    return Image.open(io.BytesIO(raw)) if isinstance(raw, bytes) else Image.fromarray(raw)
+    return Image.open(io.BytesIO(raw), formats=FORMATS) if isinstance(raw, bytes) else Image.fromarray(raw)
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -28,7 +28,7 @@ class Job(_Options):
     mode: Mode
     dataset: str = Field(description="a named data set, a folder, a .tar, or owner/name on the Hugging Face Hub")
     data_dir: str | None = _option("folder that holds the named data set")
-    split: str | None = _option("split to read (preset, else train)")
+    split: str | None = _option("split to read (default: train, or the only one)")
     image_column: str | None = _option("column of the images, in a table (default: the first of type image)")
     label_column: str | None = _option("column of the labels, in a table (default: one of class labels)")
     limit: int | None = _option("only the first N images of the source", ge=1)
@@ -58,7 +58,7 @@ class Job(_Options):
     @field_validator("compile", mode="before")
     @classmethod
     def _compile_text(cls, value: Any) -> Any:
-        return {True: "yes", False: "no"}.get(value, value)  # what YAML makes of yes and no
+        return ("yes" if value else "no") if isinstance(value, bool) else value  # what YAML makes of yes and no
 
     @field_validator("t_boom", mode="before")
     @classmethod
@@ -79,6 +79,7 @@ class Launch(_Options):
     secret_file: str | None = _option(
         "file with the run's secret, 64 hexadecimal digits (anonymize; default: a new one)"
     )
+    allow_pickle: bool = _option("load a model whose only weights are pickled", False)
     allow_mixed: bool = _option("accept devices of another class than the plan's; bytes may then differ", False)
 
 

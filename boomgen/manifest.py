@@ -7,6 +7,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from boomgen.errors import BoomgenError
+
 SCHEMA_VERSION = 1
 
 OK, FAILED, REJECTED = "ok", "failed", "rejected"
@@ -82,4 +84,20 @@ def read(folder: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 def read_parts(parts: Sequence[Path], columns: Sequence[str] | None = None) -> pa.Table:
     """Parts as one table. Each is read alone: a data set reader would take a folder named `t=0.4` for a column."""
-    return pa.concat_tables(pq.ParquetFile(part).read(columns=columns) for part in parts)
+    return pa.concat_tables(read_part(part, columns) for part in parts)
+
+
+def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """One part.
+
+    Raises:
+        BoomgenError: it is not there, or damaged.
+    """
+    try:
+        found = pq.ParquetFile(part).read(columns=columns)
+        if odd := [field.name for field in found.schema if field not in list(SCHEMA)]:
+            raise pa.ArrowInvalid(f"column {odd[0]!r} is not one of a manifest")
+    except (OSError, pa.ArrowException) as err:
+        line = " ".join(str(err).split())[:200]
+        raise BoomgenError(f"{part} is not readable ({line}); see what boomgen verify says of its run") from err
+    return found

@@ -6,19 +6,19 @@ import types
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from boomgen.errors import UsageError
 from boomgen.job import Job, Launch, build, split_options
+from boomgen.untrusted import read_yaml
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes are UsageErrors, one line each."""
 
     def __init__(self, **options: Any) -> None:
-        layout = functools.partial(argparse.HelpFormatter, max_help_position=28)
+        layout = functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=28)
         super().__init__(**{"formatter_class": layout} | options)
 
     def error(self, message: str) -> NoReturn:
@@ -80,8 +80,8 @@ def read_job_file(path: Path) -> dict[str, Any]:
         UsageError: unreadable, or not a mapping of option names to values.
     """
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as err:
+        found = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
         raise UsageError(f"job {path}: {' '.join(str(err).split())}; expected a YAML file of options") from err
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise UsageError(f"job {path} is no mapping; expected lines such as 't_boom: 0.4'")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from boomgen import catalog, keys
 from boomgen.errors import BoomgenError, UsageError
@@ -35,7 +35,8 @@ class SourcePlan(_Frozen):
     revision: str | None
     image_column: str | None
     label_column: str | None
-    rows: int
+    rows: int = Field(ge=1)
+    passed_over: dict[str, int]  # what was met and left out while the rows were listed, by kind
     classes: tuple[str, ...]
     labelled: bool
     licence: str
@@ -55,11 +56,19 @@ class SourcePlan(_Frozen):
 class ChainPlan(_Frozen):
     """The levels, spelled out: a worker computes no schedule."""
 
-    level: int
+    level: int = Field(ge=0)
     a: tuple[float, ...]
     s: tuple[float, ...]
     t: tuple[float, ...]
     of_step: tuple[int, ...]
+
+    @model_validator(mode="after")
+    def _whole(self) -> "ChainPlan":
+        lengths = {len(self.a), len(self.s), len(self.t)}
+        if len(lengths) != 1 or not self.level < len(self.a) or len(self.a) < 2:
+            raise ValueError("a chain whose levels are not all there")
+        _ = self.levels  # checks itself
+        return self
 
     @property
     def levels(self) -> Levels:
@@ -69,11 +78,11 @@ class ChainPlan(_Frozen):
 class NetworkPlan(_Frozen):
     """How the network is called: always this shape, precision and build."""
 
-    batch_size: int
-    device: str
-    dtype: str
+    batch_size: int = Field(ge=1)
+    device: str = Field(pattern="^(cpu|cuda)$")
+    dtype: str = Field(pattern="^(float32|bfloat16)$")
     package_sha256: str | None  # the ahead-of-time compiled network beside the plan; None: eager
-    flops: int  # of one call
+    flops: int = Field(ge=0)  # of one call
     classes: tuple[int, ...] | None  # the model's class of each label; None: run without classes
 
 
@@ -98,7 +107,7 @@ class Plan(_Frozen):
     model: ModelInfo
     chain: ChainPlan
     network: NetworkPlan
-    shard_size: int
+    shard_size: int = Field(ge=1)
     secret_commitment: str
     environment: dict[str, str]
 
@@ -205,6 +214,7 @@ def describe(plan: Plan) -> dict[str, Any]:
     levels = plan.chain.levels
     return {
         "images": f"{plan.rows:,} ({plan.source.rows:,} sources x {plan.job.variants})",
+        **passed_over(plan),
         "shards": f"{plan.shards:,} of {plan.shard_size:,}",
         "t_boom": f"level {plan.chain.level}/{levels.count}, abar {levels.abar(plan.chain.level):.4f}",
         "model": f"{plan.model.name} ({plan.model.licence})",
@@ -212,6 +222,12 @@ def describe(plan: Plan) -> dict[str, Any]:
         f"{'compiled' if plan.network.package_sha256 else 'eager'} on {plan.network.device}",
         "calls": f"{plan.calls:,} ({plan.calls * plan.network.flops / 1e12:,.1f} TFLOP)",
     }
+
+
+def passed_over(plan: Plan) -> dict[str, str]:
+    """What of the source was left out, for people; {} where nothing was."""
+    kinds = [f"{count:,} {kind}" for kind, count in plan.source.passed_over.items()]
+    return {"left out": f"{', '.join(kinds)} (no images that boomgen reads)"} if kinds else {}
 
 
 def label_of(plan: Plan, label: int) -> tuple[int, str]:

@@ -1,14 +1,40 @@
 """RunDir: the folder on disk, which is all the state that a run has."""
 
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from boomgen import keys
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from boomgen import keys, manifest
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index
 from boomgen.plan import Plan, read_plan
-from boomgen.shard import DONE, sha256_file, unseal
+from boomgen.shard import DONE, PART, sha256_file, unseal
+
+
+class _File(BaseModel):
+    sha256: str
+    bytes: int = Field(ge=0)
+
+
+class _Done(BaseModel):
+    """What a done record holds besides its own hash."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    boomgen: str
+    shard: int
+    plan_sha256: str
+    rows: int = Field(ge=1)
+    ok: int = Field(ge=0)
+    failed: dict[str, int]
+    rejected: dict[str, int]
+    seconds: dict[Literal["read", "infer", "write", "total"], float] = Field(min_length=4)
+    environment: dict[str, str]
+    files: dict[Literal["data.tar", "manifest.parquet"], _File] = Field(min_length=2)
+    sha256: str
 
 
 class Status(NamedTuple):
@@ -111,11 +137,22 @@ class RunDir:
         again = f"remove {path.parent} and go on with: boomgen resume {self.path}"
         try:
             record = unseal(path.read_bytes())
+            _Done.model_validate(record)
         except (OSError, ValueError) as err:
-            raise BoomgenError(f"{path} is damaged ({err}); {again}") from err
+            why = err.errors()[0]["msg"] if isinstance(err, ValidationError) else err
+            raise BoomgenError(f"{path} is damaged ({why}); {again}") from err
         if (record.get("shard"), record.get("plan_sha256")) != (number, self.plan_sha256):
             raise BoomgenError(f"{path} is of shard {record.get('shard')}, or of another plan; {again}")
         return record
+
+    def failures(self) -> Iterator[str]:
+        """One line for each row that failed, over whole shards: which one, and why."""
+        for number in sorted(self.published()):
+            part = self.shard(number) / PART
+            rows = manifest.read_part(part).to_pylist() if self.done(number)["failed"] else []
+            for row in (row for row in rows if row["status"] == manifest.FAILED):
+                source = row.get("source_key", "its source is no longer known")
+                yield f"row {row['row']} ({source}): {row['reason']}: {row.get('detail', '')}"
 
     def status(self) -> Status:
         failed: dict[str, int] = {}

@@ -149,6 +149,8 @@ class Worker:
     def _load_row(self, row: PlannedRow) -> Loaded:
         loaded = Loaded(row)
         try:
+            if row.source.size > images.MAX_BYTES:
+                raise RowError("too-large", f"{row.source.size} bytes, at most {images.MAX_BYTES} are read")
             raw = self.source.read(row.source)
             loaded.source_sha256 = hashlib.sha256(_as_bytes(raw)).hexdigest()
             pixels = images.decode(raw, self.plan.model.channels)

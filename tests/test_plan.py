@@ -69,7 +69,7 @@ def test_shards_are_whole_batches_of_moderate_number(rows: int, batch: int, size
 
 def test_presets_fill_the_gaps_and_flags_win() -> None:
     job = resolve(Job(mode="anonymize", dataset="fashion-sample")).job
-    assert (job.model, job.t_boom, job.steps, job.fit, job.split) == ("fashion-patched-ddpm", "0.4", 100, "pad", "test")
+    assert (job.model, job.t_boom, job.steps, job.fit, job.split) == ("fashion-patched-ddpm", "0.4", 100, "pad", None)
     assert (job.linkage, job.labels) == ("private", "keep")
     job = resolve(Job(mode="augment", dataset="fashion-sample", t_boom="20/50", fit="crop")).job
     assert (job.t_boom, job.steps, job.fit, job.linkage) == ("20/50", 50, "crop", "public")
@@ -107,7 +107,7 @@ def test_pickled_weights_are_not_loaded(tiny_model: Path, tmp_path: Path) -> Non
     shutil.copytree(tiny_model, folder)
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(UsageError, match="expected safetensors weights, pickled ones are not loaded"):
+    with pytest.raises(UsageError, match="pickled weights are programs: save it again with safetensors, or trust its"):
         models.inspect(str(folder))
 
 

@@ -257,7 +257,6 @@ def identities(monkeypatch, portraits) -> str:
         name="portraits",
         title="Portraits",
         licence="unknown",
-        default_split="data",
         label_is_identity=True,
         model="unused",
         t_boom="0.4",

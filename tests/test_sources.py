@@ -69,7 +69,7 @@ def test_idx_plain_files_and_splits(tmp_path):
     ("harm", "said"),
     [
         (lambda i, _: i.write_bytes(i.read_bytes()[:-1]), "holds 59 bytes of data, expected 60 (3 x 4 x 5)"),
-        (lambda i, _: i.write_bytes(i.read_bytes() + b"x"), "holds 61 bytes of data, expected 60"),
+        (lambda i, _: i.write_bytes(i.read_bytes() + b"x"), "holds too many bytes of data, expected 60"),
         (lambda i, _: i.write_bytes(b"\x89PNG" + i.read_bytes()[4:]), "begins with 89504e47, expected 00000803"),
         (lambda i, _: i.write_bytes(b""), "begins with nothing, expected 00000803"),
         (
@@ -129,7 +129,8 @@ def test_a_flat_folder_has_no_labels(tmp_path):
     tree(tmp_path, "b.png", "a.png", "ö.png")
     assert open_source(str(tmp_path)).classes == ()
     assert listed(tmp_path) == [("a.png", -1), ("b.png", -1), ("ö.png", -1)]
-    assert listed(tmp_path, "train") == listed(tmp_path)
+    said = "no split 'val', it is not divided into splits; drop --split"
+    assert refused(tmp_path, "val") == f"{tmp_path}: {said}"
 
 
 def test_every_extension_counts(tmp_path):
@@ -192,7 +193,7 @@ def test_what_is_not_understood(tmp_path):
         (tmp_path / "texts" / f"{name}.txt").write_text(name)
     expected = (
         "expected IDX files, a data set written by save_to_disk, WebDataset tars, Parquet files with images, "
-        "image files or a Hub id owner/name"
+        "batches of CIFAR-10 or CIFAR-100, image files or a Hub id owner/name"
     )
     assert refused(tmp_path / "empty") == f"{tmp_path}/empty is an empty folder; {expected}"
     assert refused(tmp_path / "texts") == f"{tmp_path}/texts holds a.txt, b.txt, c.txt ...; {expected}"

@@ -1,7 +1,8 @@
 """Pixel-space UNets of diffusers (DDPM), whole or on patches, with or without classes."""
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from boomgen.errors import UsageError
 from boomgen.levels import Levels
-from boomgen.models import ModelInfo
+from boomgen.models import WEIGHTS, ModelInfo
 
 NetworkCall = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x (B, C, H, W) fp32, t (B,) fp32, class (B,) int64) -> prediction (B, C, H, W) fp32."""
@@ -22,8 +24,26 @@ def trained_abar(info: ModelInfo) -> NDArray[np.float64]:
     from diffusers import DDPMScheduler
 
     folder = info.root / "scheduler" if (info.root / "scheduler").is_dir() else info.root
-    betas = DDPMScheduler.from_pretrained(folder).betas.double().numpy()
-    return np.cumprod(1 - betas)
+    with _loading(info, "scheduler"):
+        abar = np.cumprod(1 - DDPMScheduler.from_pretrained(folder).betas.double().numpy())
+        if not (abar.shape == (info.trained_steps,) and abar[-1] > 0 and (np.diff(abar) < 0).all() and abar[0] < 1):
+            raise ValueError(f"abar does not fall from 1 to 0 in {info.trained_steps} steps")
+    return abar
+
+
+@contextlib.contextmanager
+def _loading(info: ModelInfo, part: str) -> Iterator[None]:
+    """diffusers and torch fail with a dozen exception types on a folder whose files do not fit each other."""
+    try:
+        yield
+    except MemoryError:  # another machine may have it
+        raise
+    except Exception as err:
+        if isinstance(err, OSError) and err.errno is not None:  # the disk's; diffusers uses OSError for its own too
+            raise
+        raise UsageError(
+            f"model {info.name}: its {part} does not load ({' '.join(str(err).split())[:200]}); fetch it again"
+        ) from err
 
 
 class Network(torch.nn.Module):
@@ -34,7 +54,8 @@ class Network(torch.nn.Module):
         from diffusers import UNet2DModel
 
         folder = info.root / "unet" if (info.root / "unet").is_dir() else info.root
-        unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
+        with _loading(info, "network"):
+            unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=info.weights == WEIGHTS)
         self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
         self.patch, self.conditional, self.dtype = info.patch, info.class_count > 0, dtype
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from boomgen.errors import UsageError
-from boomgen.sources import folder, hf, idx, wds
+from boomgen.sources import cifar, folder, hf, idx, wds
 from boomgen.sources.base import NO_LABEL, Columns, RawImage, Row, Source
 
 __all__ = ["NO_LABEL", "RawImage", "Row", "Source", "open_source"]
@@ -15,6 +15,7 @@ KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, str | None, Colu
     ("a data set written by save_to_disk", hf.is_saved, hf.open_saved),
     ("WebDataset tars", wds.is_here, lambda place, split, _: wds.Tars(place, split)),
     ("Parquet files with images", hf.is_parquet, hf.open_parquet),
+    ("batches of CIFAR-10 or CIFAR-100", cifar.is_here, lambda place, split, _: cifar.Cifar(place, split)),
     ("image files", folder.is_here, lambda place, split, _: folder.Folder(place, split)),
 )
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
@@ -33,7 +34,7 @@ def open_source(
     split None means 'train' if there is one, else the only one there is; `Source.split` says which. Columns matter to
     tables only, `revision` to the Hub only. UsageError where nothing known lies there or it is not whole.
     """
-    place, columns = Path(location).expanduser(), Columns(image_column, label_column)
+    place, columns = Path(location), Columns(image_column, label_column)
     if not place.exists() and HUB_ID.fullmatch(location):
         return hf.open_hub(location, split, columns, revision)
     for _, is_here, opened in KINDS:

@@ -1,5 +1,6 @@
 """What every source of images offers: rows in a fixed order, and the bytes of one row."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
@@ -32,6 +33,7 @@ class Source(Protocol):
     kind: str
     split: str  # the split that was chosen; NO_SPLIT where there are none
     classes: tuple[str, ...]  # class names in label order; empty where the source does not name them
+    passed_over: Counter[str]  # what `rows` met and left out so far, by kind ('.heic')
 
     def rows(self) -> Iterator[Row]:
         """All rows in the source's own order, the same on every call and machine."""
@@ -51,6 +53,8 @@ def choose_split(found: Sequence[str], asked: str | None, where: str) -> str:
     """The asked split; if none is asked, 'train' or the only one there is. UsageError names what was found."""
     if asked in found:
         return str(asked)
+    if not found:
+        raise UsageError(f"{where}: no split {asked!r}, it is not divided into splits; drop --split")
     if asked is None and "train" in found:
         return "train"
     if asked is None and len(found) == 1:

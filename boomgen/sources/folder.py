@@ -1,6 +1,7 @@
 """A folder of image files: one sub-folder per class, or a flat folder without labels."""
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,23 +23,42 @@ class Folder:
     kind = "folder"
 
     def __init__(self, root: Path, split: str | None) -> None:
+        self.passed_over = Counter[str]()
         self.root, self.split = _choose(root, split)
         self.classes = _classes(self.root)
 
     def rows(self) -> Iterator[Row]:
         """Key and path are the file's path below the root; the label is the place of its top folder in `classes`."""
+        self.passed_over.clear()
         if not self.classes:
             yield from self._walk(self.root, NO_LABEL)
+        for entry in _entries(self.root) if self.classes else ():
+            self._pass_over(entry)
         for label, name in enumerate(self.classes):
             yield from self._walk(self.root / name, label)
 
     def _walk(self, folder: Path, label: int) -> Iterator[Row]:
-        for entry in _images(folder):
+        for entry in self._images(folder):
             key = Path(entry.path).relative_to(self.root).as_posix()
             try:
                 yield Row(key, key, 0, entry.stat().st_size, label)
             except OSError as err:
                 raise UsageError(f"{entry.path}: {err.strerror}; expected an image file: mend or remove it") from err
+
+    def _images(self, folder: str | os.PathLike[str]) -> Iterator[Entry]:
+        for entry in _entries(folder):
+            if _is_image(entry):
+                yield entry
+            elif _is_folder(entry):
+                yield from self._images(entry)
+            else:
+                self._pass_over(entry)
+
+    def _pass_over(self, entry: Entry) -> None:
+        if entry.is_dir() or entry.name.startswith("."):
+            return
+        extension = os.path.splitext(entry.name)[1].lower()
+        self.passed_over[extension or "file without extension"] += 1
 
     def read(self, row: Row) -> bytes:
         """The file's bytes."""
@@ -61,7 +81,7 @@ def _choose(root: Path, split: str | None) -> tuple[Path, str]:
     if names and set(names) <= set(SPLITS):
         chosen = choose_split(names, split, str(root))
         return root / chosen, chosen
-    return root, split or NO_SPLIT
+    return root, NO_SPLIT if split is None else choose_split([], split, str(root))
 
 
 def _classes(root: Path) -> tuple[str, ...]:
@@ -93,11 +113,3 @@ def _entries(folder: str | os.PathLike[str]) -> list[Entry]:
 def _holds_images(folder: str | os.PathLike[str]) -> bool:
     with os.scandir(folder) as entries:
         return any(_is_image(entry) or (_is_folder(entry) and _holds_images(entry)) for entry in entries)
-
-
-def _images(folder: str | os.PathLike[str]) -> Iterator[Entry]:
-    for entry in _entries(folder):
-        if _is_image(entry):
-            yield entry
-        elif _is_folder(entry):
-            yield from _images(entry)

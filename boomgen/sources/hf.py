@@ -1,5 +1,7 @@
 """Hugging Face data sets: saved on disk, a folder of Parquet files, or an id on the Hub."""
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
@@ -9,6 +11,7 @@ from boomgen.errors import RowError, UsageError
 from boomgen.sources.base import NO_LABEL, NO_SPLIT, Columns, Row, choose_split
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+COMMIT = re.compile("[0-9a-f]{40}")
 HUB_TIMEOUT = 10.0  # seconds
 BATCH = 10_000
 
@@ -25,14 +28,26 @@ def is_parquet(place: Path) -> bool:
 
 
 class Table:
-    """One split of a `datasets.Dataset`, with its images left encoded."""
+    """One split of a `datasets.Dataset`, with its images left encoded.
+
+    Its cells may name files of this machine only if it was saved here: a stranger's could name private ones.
+    """
 
     kind = "huggingface"
 
-    def __init__(self, data: Any, split: str, columns: Columns, where: str, revision: str | None = None) -> None:
+    def __init__(
+        self,
+        data: Any,
+        split: str,
+        columns: Columns,
+        where: str,
+        revision: str | None = None,
+        saved_here: bool = False,
+    ) -> None:
         from datasets import ClassLabel, Image
 
         self.split, self.revision, self._where = split, revision, where
+        self.passed_over, self._names_files = Counter[str](), saved_here
         self._image = _image_column(data.features, columns.image, where)
         self._label = _label_column(data.features, columns.label, where)
         feature = data.features[self._label] if self._label else None
@@ -61,6 +76,8 @@ class Table:
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise RowError("undecodable", f"{row.key} has no image in column {self._image!r}")
         data: bytes | None = cell["bytes"]
+        if data is None and not self._names_files:
+            raise RowError("undecodable", f"{row.key} names a file of this machine, which only a saved data set may")
         return Path(cell["path"]).read_bytes() if data is None else data
 
 
@@ -70,9 +87,10 @@ def open_saved(place: Path, split: str | None, columns: Columns) -> Table:
 
     data = _tried(lambda: load_from_disk(str(place)), f"{place} is not readable", "save it again with save_to_disk")
     if not isinstance(data, DatasetDict):
-        return Table(data, split or NO_SPLIT, columns, str(place))
+        chosen = NO_SPLIT if split in (None, NO_SPLIT) else choose_split([], split, str(place))
+        return Table(data, chosen, columns, str(place), saved_here=True)
     chosen = choose_split(list(data), split, str(place))
-    return Table(data[chosen], chosen, columns, str(place))
+    return Table(data[chosen], chosen, columns, str(place), saved_here=True)
 
 
 def open_parquet(place: Path, split: str | None, columns: Columns) -> Table:
@@ -108,7 +126,7 @@ def _commit(repo: str, revision: str | None) -> str | None:
     """The commit behind a revision. One request that is not retried, so that an unreachable Hub fails in seconds."""
     from huggingface_hub import HfApi, constants, errors
 
-    if constants.HF_HUB_OFFLINE:
+    if constants.HF_HUB_OFFLINE or (revision and COMMIT.fullmatch(revision)):
         return revision
     try:
         commit = HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT).sha

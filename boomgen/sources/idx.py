@@ -4,6 +4,7 @@ import gzip
 import math
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +18,8 @@ from boomgen.sources.base import Row, choose_split
 IMAGES, LABELS = "-images-idx3-ubyte", "-labels-idx1-ubyte"
 PREFIX = {"test": "t10k"}  # every other split is its own prefix
 UNSIGNED_BYTES = 8  # the type code of the magic number
+MAX_BYTES = 2**34  # of pixels in one file
+DEFLATE = 1100  # more than any compressed byte can stand for
 
 
 def is_here(place: Path) -> bool:
@@ -31,6 +34,7 @@ class Idx:
     classes: tuple[str, ...] = ()
 
     def __init__(self, root: Path, split: str | None) -> None:
+        self.passed_over = Counter[str]()
         self.split = choose_split(_splits(root), split, str(root))
         self._prefix = PREFIX.get(self.split, self.split)
         self._images = _file(root, self._prefix + IMAGES)
@@ -77,20 +81,23 @@ def _file(root: Path, name: str) -> Path:
 
 def _array(path: Path, dims: int) -> NDArray[np.uint8]:
     """A whole IDX file of unsigned bytes as an array of `dims` dimensions."""
+    magic, start = bytes([0, 0, UNSIGNED_BYTES, dims]), 4 + 4 * dims
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            head = file.read(start)
+            if head[:4] != magic or len(head) < start:
+                raise UsageError(
+                    f"{path} begins with {head[:4].hex() or 'nothing'}, expected {magic.hex()} and {dims} dimensions "
+                    "(IDX of unsigned bytes): download it again"
+                )
+            shape = struct.unpack_from(f">{dims}I", head, 4)
+            claimed, room = math.prod(shape), path.stat().st_size * (DEFLATE if path.suffix == ".gz" else 1)
+            data = file.read(claimed + 1) if claimed <= min(room, MAX_BYTES) else b""
     except (OSError, EOFError, zlib.error) as err:
         raise UsageError(f"{path} is not readable ({err}); expected a whole IDX file: download it again") from err
-    magic, start = bytes([0, 0, UNSIGNED_BYTES, dims]), 4 + 4 * dims
-    if data[:4] != magic or len(data) < start:
+    if len(data) != claimed:
+        held = "too many" if len(data) > claimed else str(len(data)) if data else "too few"
         raise UsageError(
-            f"{path} begins with {data[:4].hex() or 'nothing'}, expected {magic.hex()} and {dims} dimensions "
-            "(IDX of unsigned bytes): download it again"
+            f"{path} holds {held} bytes of data, expected {claimed} ({' x '.join(map(str, shape))}): download it again"
         )
-    shape = struct.unpack_from(f">{dims}I", data, 4)
-    if len(data) - start != math.prod(shape):
-        raise UsageError(
-            f"{path} holds {len(data) - start} bytes of data, expected {math.prod(shape)} "
-            f"({' x '.join(map(str, shape))}): download it again"
-        )
-    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,20 +1,21 @@
 """WebDataset tars on a local disk."""
 
-import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from boomgen.errors import UsageError
 from boomgen.sources.base import NO_LABEL, NO_SPLIT, SPLITS, Row, choose_split
+from boomgen.untrusted import read_json, read_yaml
 
 EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp", "bmp"))
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key, fields: the key ends at the first dot of the last path part
+MAX_TEXT = 2**24  # bytes of a .cls or .json
+MAX_HEADER = 2**20  # bytes of an extended header
 SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)})(?=[-_.\d])")
 
 
@@ -28,23 +29,37 @@ class Member(NamedTuple):
     text: bytes  # the content of a .cls or .json, else empty
 
 
+class _Header(tarfile.TarInfo):
+    """A header of a tar. `tarfile` itself goes back, for ever, on a negative size, and reads any length of names."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        extended = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+        if header.size < 0 or (extended and header.size > MAX_HEADER):
+            raise tarfile.ReadError(f"a header that claims {header.size} bytes")
+        return header
+
+
 def is_here(place: Path) -> bool:
     """Whether a path is a tar or a folder of tars."""
     return bool(_tars(place))
 
 
 class Tars:
-    """A tar, or a folder of tars (directly or in `data/`). Samples without an image member are passed over."""
+    """A tar, or a folder of tars (directly or in `data/`). Nothing is ever unpacked: an image is a range of bytes."""
 
     kind = "webdataset"
 
     def __init__(self, place: Path, split: str | None) -> None:
+        self.passed_over = Counter[str]()
         self.root = place if place.is_dir() else place.parent
         self.tars, self.split = _choose(_tars(place), split, place)
         self.classes = _card_classes(self.root) or _card_classes(self.root.parent)
 
     def rows(self) -> Iterator[Row]:
         """One row per sample; offset and size are those of the image's bytes in its tar."""
+        self.passed_over.clear()
         for tar in self.tars:
             name, seen = tar.relative_to(self.root).as_posix(), set[str]()
             for key, members in groupby(_members(tar), lambda member: member.key):
@@ -54,7 +69,11 @@ class Tars:
                         "write it again sorted by name (tar --sort=name)"
                     )
                 seen.add(key)
-                yield from _row(tar, name, key, list(members))
+                row = _row(tar, name, key, list(members))
+                if row is not None:
+                    yield row
+                else:
+                    self.passed_over["sample without an image"] += 1
 
     def read(self, row: Row) -> bytes:
         """The image member's bytes."""
@@ -76,11 +95,11 @@ def _choose(tars: list[Path], split: str | None, place: Path) -> tuple[list[Path
     """The tars of one split, known by their names; all of them where no name tells a split."""
     split = None if split == NO_SPLIT else split
     asked = [tar for tar in tars if tar.name.startswith(f"{split}-")]
-    if split is not None and asked:
+    if split is not None and asked and place.is_dir():
         return asked, split
     named = [(tar, match[1]) for tar in tars if (match := SPLIT.search(tar.name))]
-    if not named or not place.is_dir():
-        return tars, split or NO_SPLIT
+    if split is None and (not named or not place.is_dir()):
+        return tars, NO_SPLIT
     chosen = choose_split(sorted({name for _, name in named}), split, str(place))
     return [tar for tar, name in named if name == chosen], chosen
 
@@ -88,18 +107,28 @@ def _choose(tars: list[Path], split: str | None, place: Path) -> tuple[list[Path
 def _members(tar: Path) -> Iterator[Member]:
     """The regular files of a tar that belong to samples, in order."""
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # else every header of the tar stays in memory
+                if info.size < 0 or info.issparse():
+                    raise tarfile.ReadError(f"{info.name!r} is sparse or of negative size")
                 match = NAME.fullmatch(info.name)
                 if info.isreg() and match and not re.match(r"__[^/]*__($|/)", info.name):
                     field = match[2].lower()
-                    file = archive.extractfile(info) if field in ("cls", "json") else None
-                    yield Member(match[1], field, info.offset_data, info.size, file.read() if file else b"")
+                    text = _text(archive, info) if field in ("cls", "json") else b""
+                    yield Member(match[1], field, info.offset_data, info.size, text)
             end = archive.offset
-    except (tarfile.TarError, OSError) as err:
-        raise UsageError(f"{tar}: {err}; expected a whole, uncompressed tar: fetch or write it again") from err
+    except Exception as err:  # whatever `tarfile` makes of odd bytes
+        line = " ".join(str(err).split()) or type(err).__name__
+        raise UsageError(f"{tar}: {line}; expected a whole, uncompressed tar: fetch or write it again") from err
     _require_end(tar, end)
+
+
+def _text(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
+    if info.size > MAX_TEXT:
+        raise tarfile.ReadError(f"{info.name!r} has {info.size} bytes, at most {MAX_TEXT} are read")
+    file = archive.extractfile(info)
+    return file.read() if file else b""
 
 
 def _require_end(tar: Path, end: int) -> None:
@@ -113,15 +142,14 @@ def _require_end(tar: Path, end: int) -> None:
         )
 
 
-def _row(tar: Path, name: str, key: str, members: list[Member]) -> Iterator[Row]:
+def _row(tar: Path, name: str, key: str, members: list[Member]) -> Row | None:
     images = [member for member in members if member.field.rpartition(".")[2] in EXTENSIONS]
     if len(images) > 1:
         fields = ", ".join(image.field for image in images)
         raise UsageError(
             f"{tar}: sample {key!r} holds {len(images)} images ({fields}), expected one: write it with one"
         )
-    for image in images:
-        yield Row(key, name, image.offset, image.size, _label(tar, key, members))
+    return Row(key, name, images[0].offset, images[0].size, _label(tar, key, members)) if images else None
 
 
 def _label(tar: Path, key: str, members: list[Member]) -> int:
@@ -130,7 +158,7 @@ def _label(tar: Path, key: str, members: list[Member]) -> int:
     try:
         if "cls" in texts:
             return int(texts["cls"])
-        record = json.loads(texts.get("json", b"{}"))
+        record = read_json(texts.get("json", b"{}"))
     except ValueError as err:
         raise UsageError(f"{tar}: sample {key!r} has no readable label ({err}); expected an integer in .cls") from err
     values = [record.get(field) for field in ("cls", "label")] if isinstance(record, dict) else []
@@ -141,13 +169,14 @@ def _card_classes(folder: Path) -> tuple[str, ...]:
     """The class names that a data set card (README.md) gives its feature `cls`; () where it gives none."""
     try:
         text = (folder / "README.md").read_text(encoding="utf-8")
-        card = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else {}
-    except (OSError, ValueError, IndexError, yaml.YAMLError):
+        card = read_yaml(text.split("---\n")[1]) if text.startswith("---\n") else {}
+    except (OSError, ValueError, IndexError):
         return ()
     infos = card.get("dataset_info", {}) if isinstance(card, dict) else {}
     try:
         features = (infos[0] if isinstance(infos, list) else infos)["features"]
         names: Any = next(f["dtype"]["class_label"]["names"] for f in features if f["name"] == "cls")
-    except (KeyError, IndexError, TypeError, StopIteration):
+        found = [names[i] for i in sorted(names, key=int)] if isinstance(names, dict) else list(names)
+    except (KeyError, IndexError, TypeError, ValueError, StopIteration):
         return ()
-    return tuple(names[i] for i in sorted(names, key=int)) if isinstance(names, dict) else tuple(names)
+    return tuple(found) if all(isinstance(name, str) for name in found) else ()

@@ -1,0 +1,170 @@
+"""CIFAR-10 and CIFAR-100 as published for Python: pickles, read here by a reader that has no way to call anything."""
+
+import pickle
+import pickletools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import cache
+from itertools import islice
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from boomgen.errors import UsageError
+from boomgen.sources.base import Row, choose_split
+
+BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
+LAYOUTS = (  # the folder, the files of its splits, the file of the class names, and how the keys in them begin
+    ("cifar-10-batches-py", {"test": ["test_batch"], "train": BATCHES}, "batches.meta", ""),
+    ("cifar-100-python", {"test": ["test"], "train": ["train"]}, "meta", "fine_"),
+)
+SIZE = 3 * 32 * 32
+MAX_BYTES, MAX_STEPS, MAX_NAME = 1 << 30, 2_000_000, 200  # a step can be one byte long, and what it makes 60
+GLOBALS = {"numpy.ndarray", "numpy.dtype", "_codecs.encode"} | {
+    f"numpy.{core}.{name}" for core in ("core", "_core") for name in ("multiarray._reconstruct", "numeric._frombuffer")
+}
+PUSHES: dict[str, Callable[[Any], Any]] = {  # the steps that push what their own bytes say
+    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"), lambda arg: arg),
+    **dict.fromkeys(("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"), lambda arg: arg),
+    **dict.fromkeys(("BINSTRING", "SHORT_BINSTRING"), lambda arg: arg.encode("latin-1")),
+    **dict.fromkeys(("EMPTY_LIST", "EMPTY_DICT"), lambda _: []),
+    **{"EMPTY_TUPLE": lambda _: (), "NONE": lambda _: None, "NEWTRUE": lambda _: True, "NEWFALSE": lambda _: False},
+}
+TAKES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3, "APPEND": 1, "SETITEM": 2, "STACK_GLOBAL": 2, "REDUCE": 2, "BUILD": 1}
+
+
+def is_here(place: Path) -> bool:
+    """Whether a folder, or one in it with the name that the authors gave it, holds a whole split of one data set."""
+    return len(_found(place)) == 1
+
+
+class Cifar:
+    """One split; each of its files is read when it is first asked for, and kept."""
+
+    kind = "cifar"
+
+    def __init__(self, place: Path, split: str | None) -> None:
+        self.passed_over = Counter[str]()
+        [(root, splits, meta, prefix)] = _found(place)
+        self.split = choose_split(list(splits), split, str(root))
+        self.classes: tuple[str, ...] = ()
+        if (root / meta).is_file():
+            self.classes = _load(root / meta, lambda content: tuple(map(_text, content[f"{prefix}label_names"])))
+        self._root, self._files, classes = root, splits[self.split], len(self.classes) or inf
+        self._batch = cache(
+            lambda name: _load(root / name, lambda content: _batch(content, f"{prefix}labels", classes))
+        )
+
+    def rows(self) -> Iterator[Row]:
+        """The offset is the row number in the file."""
+        places = ((name, i, label) for name in self._files for i, label in enumerate(self._batch(name)[1]))
+        for n, (name, i, label) in enumerate(places):
+            yield Row(f"{self.split}-{n:05d}", name, i, SIZE, label)
+
+    def read(self, row: Row) -> NDArray[np.uint8]:
+        """Pixels of shape (32, 32, 3)."""
+        try:
+            pixels: NDArray[np.uint8] = self._batch(row.path)[0][row.offset]
+            return pixels
+        except (UsageError, IndexError) as err:
+            raise OSError(f"{self._root / row.path} is not what it was when the rows were listed: {err}") from err
+
+
+def _found(place: Path) -> list[tuple[Path, dict[str, list[str]], str, str]]:
+    """The data sets here with their whole splits. `train` may be anyone's file, so its first byte has a say."""
+    found = []
+    for folder, splits, meta, prefix in LAYOUTS:
+        for root in (place, place / folder):
+            whole = {split: names for split, names in splits.items() if all((root / name).is_file() for name in names)}
+            if any(_is_pickle(root / names[0]) for names in whole.values()):
+                found.append((root, whole, meta, prefix))
+    return found
+
+
+def _is_pickle(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == pickle.PROTO
+
+
+def _load(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
+    """What `parse` makes of the dict in a file."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"it has more than {MAX_BYTES} bytes")
+        items = _unpickle(path.read_bytes())
+        return parse({_text(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+    except (OSError, ValueError) as err:
+        why = str(err)[:200]
+    except KeyError as err:
+        why = f"it has no {err}"
+    except (IndexError, TypeError, AttributeError):
+        why = "its parts do not fit together"
+    raise UsageError(f"{path} is not a CIFAR file ({why}); expected what its authors publish: download it again")
+
+
+def _text(name: Any) -> str:
+    """A short string; Python 2 wrote them as bytes."""
+    if len(name) > MAX_NAME:
+        raise ValueError(f"it has a name of {len(name)} letters")
+    return name if isinstance(name, str) else str(name, "utf-8")
+
+
+def _batch(content: dict[str, Any], key: str, classes: float) -> tuple[NDArray[np.uint8], list[int]]:
+    """Pixels (N, 32, 32, 3) and N labels."""
+    labels: list[int] = content[key]
+    if any(type(label) is not int or not 0 <= label < classes for label in labels):
+        raise ValueError(f"its {key} are not all whole numbers in 0 <= n < {classes}")
+    match content["data"]:
+        case [_, (_, shape, [("u1" | b"u1", *_), _], False, data)] | [(data, [("u1", *_), _], shape, "C"), _]:
+            data = data.encode("latin-1") if isinstance(data, str) else data
+            if shape == (len(labels), SIZE) and len(data) == len(labels) * SIZE:
+                return np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+    raise ValueError(f"its data are not {len(labels)} x {SIZE} unsigned bytes in C order, a row for each label")
+
+
+def _unpickle(pickled: bytes) -> Any:
+    """What a pickle describes, but a dict as [key, value, key, value, ...] and an object as [arguments, state].
+
+    Nothing is called, and nothing is hashed or compared, for with what a stranger nests that may never end.
+    """
+    stack, marks, memo = list[Any](), list[list[Any]](), dict[int, Any]()
+    steps: Iterator[tuple[pickletools.OpcodeInfo, Any, Any]] = islice(pickletools.genops(pickled), MAX_STEPS)
+    for step, arg, _ in steps:
+        if step.name in ("TUPLE", "APPENDS", "SETITEMS"):
+            taken, stack = stack, marks.pop()
+        else:
+            taken = [stack.pop() for _ in range(TAKES.get(step.name, 0))][::-1]
+        match step.name:
+            case name if name in PUSHES:
+                stack.append(PUSHES[name](arg))
+            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                stack.append(tuple(taken))
+            case "APPEND" | "APPENDS" | "SETITEM" | "SETITEMS":
+                stack[-1].extend(taken)
+            case "BINPUT" | "LONG_BINPUT" | "MEMOIZE":
+                memo[len(memo) if arg is None else arg] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[arg])
+            case "GLOBAL" | "STACK_GLOBAL":
+                called = ".".join(taken) or arg.replace(" ", ".", 1)
+                if called not in GLOBALS:
+                    raise ValueError(f"it asks for {ascii(called[:80])[1:-1]}, which is not run")
+                stack.append(called)
+            case "REDUCE":  # bytes that protocol 2 wrote as a str stay one: a copy for each mention may be many
+                decoded = taken[0] == "_codecs.encode" and taken[1][1] == "latin1"
+                stack.append(taken[1][0] if decoded else [taken[1], None])
+            case "BUILD":
+                stack[-1][1] = taken[0]
+            case "MARK":
+                marks.append(stack)
+                stack = []
+            case "STOP":
+                return stack[-1]
+            case "PROTO" | "FRAME":
+                pass
+            case name:
+                raise ValueError(f"it has a step {name}, which is not taken")
+    raise ValueError(f"it has more than {MAX_STEPS} steps")
