@@ -1,6 +1,7 @@
 """The commands: parse, call, print. Imports no torch at start-up."""
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -8,10 +9,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import shtab
+
 from boomgen import __version__, catalog
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.job import Job, Launch
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
+from boomgen.untrusted import printable
 
 DONE, ERROR, USAGE, INCOMPLETE_ROWS, STOPPED = 0, 1, 2, 3, 75
 Command = Callable[[argparse.Namespace], int]
@@ -47,7 +51,7 @@ def plan(args: argparse.Namespace) -> int:
     found = describe(run.plan)
     if args.calibrate:
         found |= calibrate(run)
-    print(_table({**found, "run with": f"boomgen resume {run.path}"}))
+    _say(_table({**found, "run with": f"boomgen resume {run.path}"}))
     return DONE
 
 
@@ -69,7 +73,7 @@ def status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**found._asdict(), "missing": ranges(found.missing), "rows": run.plan.rows}))
     else:
-        print(_status_text(run.path))
+        _say(_status_text(run.path))
     return INCOMPLETE_ROWS if found.failed else DONE
 
 
@@ -91,17 +95,20 @@ def verify(args: argparse.Namespace) -> int:
     faults = list(check(run))
     if args.remake and not faults:
         faults += remake(run, args.remake)
-    print("\n".join(faults) or f"{run.path} is sound: {run.plan.shards} shards, {run.plan.rows} rows")
+    _say("\n".join(faults) or f"{run.path} is sound: {run.plan.shards} shards, {run.plan.rows} rows")
     return ERROR if faults else DONE
 
 
 def logs(args: argparse.Namespace) -> int:
     from boomgen.run import RunDir
 
-    for path in sorted(RunDir(args.run).logs.glob("*.log")):
+    run = RunDir(args.run)
+    for line in run.failures() if args.failed else ():
+        _say(line)
+    for path in sorted(run.logs.glob("*.log")):
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if not args.failed or " done: " not in line:
-                print(f"{path.stem}: {line}")
+                _say(f"{path.stem}: {line}")
     return DONE
 
 
@@ -110,20 +117,25 @@ def sweep(args: argparse.Namespace) -> int:
 
     job, launch = job_and_launch({"mode": "augment", "limit": 10, "t_boom": "0", **given(args)})
     out = Path(launch.out or "sweep.png")
-    print(_table(draw(job, launch, args.levels.split(","), out)))
-    print(f"picture  {out}")
+    _say(_table(draw(job, launch, args.levels.split(","), out)))
+    _say(f"picture  {out}")
     return DONE
 
 
 def list_models(args: argparse.Namespace) -> int:
     rows = [(m.id, f"{m.size}x{m.size}", m.classes or "-", m.licence, m.title) for m in catalog.models().values()]
-    print(_columns([("model", "size", "classes", "licence", "what"), *rows]))
+    _say(_columns([("model", "size", "classes", "licence", "what"), *rows]))
     return DONE
 
 
 def list_datasets(args: argparse.Namespace) -> int:
     rows = [(d.name, d.model, d.t_boom, d.licence, d.title) for d in catalog.datasets().values()]
-    print(_columns([("data set", "model", "t_boom", "licence", "what"), *rows]))
+    _say(_columns([("data set", "model", "t_boom", "licence", "what"), *rows]))
+    return DONE
+
+
+def completion(args: argparse.Namespace) -> int:
+    print(shtab.complete(_parser(), args.shell))
     return DONE
 
 
@@ -131,25 +143,28 @@ def doctor(args: argparse.Namespace) -> int:
     from boomgen.doctor import findings
 
     found = list(findings(Path(args.out)))
-    print("\n".join(f"{'ok  ' if good else 'BAD '} {text}" for good, text in found))
-    return DONE if all(good for good, _ in found) else ERROR
+    _say("\n".join(f"{'ok  ' if good else 'BAD '} {seen}\n     {meaning}" for good, seen, meaning in found))
+    return DONE if all(finding.good for finding in found) else ERROR
 
 
 def _summary(path: Path) -> int:
     from boomgen.run import RunDir
 
-    print(_status_text(path))
+    _say(_status_text(path))
     return INCOMPLETE_ROWS if RunDir(path).status().failed else DONE
 
 
 def _status_text(path: Path) -> str:
+    from boomgen.plan import passed_over
     from boomgen.run import RunDir, ranges
 
     run = RunDir(path)
     found, levels, level = run.status(), run.plan.chain.levels, run.plan.chain.level
-    failed = ", ".join(f"{count} failed ({reason})" for reason, count in sorted(found.failed.items()))
+    counts = [f"{count} failed ({reason})" for reason, count in sorted(found.failed.items())]
     lines = {
-        "rows": f"{found.ok} ok{', ' if failed else ''}{failed} of {run.plan.rows}",
+        "rows": f"{', '.join([f'{found.ok} ok', *counts])} of {run.plan.rows}"
+        + (f"; which: boomgen logs {path} --failed" if counts else ""),
+        **passed_over(run.plan),
         "t_boom": f"level {level}/{levels.count}, abar {levels.abar(level):.4f}",
         "shards": f"{found.whole} of {found.planned} whole"
         + (f", missing {ranges(found.missing)}" if found.missing else ""),
@@ -167,6 +182,10 @@ def _status_text(path: Path) -> str:
     return _table(lines)
 
 
+def _say(text: str) -> None:
+    print(printable(text))
+
+
 def _table(rows: dict[str, Any]) -> str:
     width = max(len(name) for name in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
@@ -177,63 +196,84 @@ def _columns(rows: Sequence[Sequence[Any]]) -> str:
     return "\n".join("  ".join(f"{cell!s:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="boomgen", description="Run a labelled image data set through Boomerang local sampling.")
-    parser.add_argument("--version", action="version", version=f"boomgen {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+FIRST = "runs/first"
+MADE = f"--dataset fashion-sample --limit 100 --out {FIRST}"
 
-    def command(name: str, run: Command, text: str, example: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+
+def _parser() -> Parser:
+    parser = Parser(prog="boomgen")
+    parser.add_argument("--version", action="version", version=f"boomgen {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, title="all commands", metavar="COMMAND")
+
+    def command(name: str, run: Command, text: str, *examples: str) -> Parser:
+        shown = "examples:\n" + "\n".join(f"  boomgen {name} {example}".rstrip() for example in examples)
+        added: Parser = commands.add_parser(name, help=text, description=text, epilog=shown)
         added.set_defaults(call=run)
         added.add_argument("-v", "--verbose", action="store_true", help="show a traceback with an error")
         return added
 
-    def on_run(name: str, run: Command, text: str, more: str = "") -> argparse.ArgumentParser:
-        added = command(name, run, text, f"boomgen {name} runs/fashion-sample-anonymize-0.4{more}")
-        added.add_argument("run", help="run folder")
+    def on_run(name: str, run: Command, text: str, *more: str) -> Parser:
+        added = command(name, run, text, *(f"{FIRST} {options}".rstrip() for options in more))
+        added.add_argument("run", help="run folder").complete = shtab.DIRECTORY  # type: ignore[attr-defined]
         return added
 
-    mode = frozenset({"mode"})
-    for name, text in (
-        ("anonymize", "make a Boomerang version of every image, links kept private"),
-        ("augment", "make Boomerang versions of every image, links public"),
-    ):
-        example = f"boomgen {name} --dataset fashion-sample --t-boom 0.4"
-        add_flags(command(name, anonymize, text, example), Job, Launch, leave_out=mode)
-    add_flags(
-        on_run("resume", resume, "make what is missing of a run and close it"), Launch, leave_out=frozenset({"out"})
+    _first_hour(command, on_run)
+    _after_that(command, on_run)
+    what = "Run a labelled image data set through Boomerang local sampling."
+    first = [(made.description, str(made.epilog).splitlines()[1]) for made in list(commands.choices.values())[:5]]
+    parser.description = f"{what}\n\nthe first hour:" + "".join(f"\n  {text}:\n  {example}" for text, example in first)
+    return parser
+
+
+def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -> None:
+    checkup = command("doctor", doctor, "check this machine", "", "--out runs")
+    checkup.add_argument("--out", default=".", help="folder where runs are to be written (default: here)")
+    examples = ("--dataset fashion-sample --limit 4", "--dataset fashion-sample --levels 0.2,0.5,0.8 --out levels.png")
+    sweeping = command("sweep", sweep, "a picture of some images at several t_boom", *examples)
+    levels = "t_boom values, comma-separated (default %(default)s)"
+    sweeping.add_argument("--levels", default="0.2,0.4,0.6,0.8", help=levels)
+    add_flags(sweeping, Job, Launch, leave_out=frozenset({"mode", "t_boom"}))
+    examples = (MADE, "--dataset fashion-sample --limit 32 --t-boom 40/100 --device cpu --workers 1 --out runs/second")
+    making = command("anonymize", anonymize, "make a Boomerang version of every image, links kept private", *examples)
+    add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
+    on_run("status", status, "what a run holds, and how to go on", "", "--json").add_argument(
+        "--json", action="store_true", help="for programs"
     )
-    on_run("status", status, "what a run holds, and how to go on").add_argument("--json", action="store_true")
-    checking = on_run("verify", verify, "hash everything again, and make some rows again", " --remake 5")
-    checking.add_argument(
-        "--remake", type=int, default=0, metavar="N", help="make N random rows again and compare bytes"
-    )
-    planning = command(
-        "plan", plan, "write the plan without running it", "boomgen plan --dataset fashion-sample --calibrate"
-    )
+    checking = on_run("verify", verify, "hash everything again, and make some rows again", "", "--remake 5")
+    remake = "make N random rows again and compare bytes"
+    checking.add_argument("--remake", type=int, default=0, metavar="N", help=remake)
+
+
+def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -> None:
+    examples = ("--dataset fashion-sample --limit 32 --variants 2", f"{MADE}-augmented --t-boom 0.2 --seed 7")
+    making = command("augment", anonymize, "make Boomerang versions of every image, links public", *examples)
+    add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
+    again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
+    add_flags(again, Launch, leave_out=frozenset({"out", "secret_file", "allow_pickle"}))
+    logs_of = on_run("logs", logs, "what the workers said", "", "--failed")
+    logs_of.add_argument("--failed", action="store_true", help="only what failed: each row and shard, with its reason")
+    examples = ("--dataset fashion-sample --calibrate", "--dataset fashion-sample --t-boom 0.2 --out runs/planned")
+    planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
     add_flags(planning, Job, Launch)
-    from_file = command("run", run_file, "run a YAML job; flags win over the file", "boomgen run jobs/quickstart.yaml")
-    from_file.add_argument("job", help="YAML file, or the name of a shipped job")
+    examples = ("quickstart --limit 32 --out runs/quick", f"{catalog.shipped('jobs').name}/quickstart.yaml --limit 32")
+    from_file = command("run", run_file, "run a YAML job; flags win over the file", *examples)
+    from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]
     add_flags(from_file, Job, Launch)
-    on_run("logs", logs, "what the workers said", " --failed").add_argument("--failed", action="store_true")
-    on_run("finalise", finalise, "close a run whose shards are all whole")
-    sweeping = command(
-        "sweep", sweep, "a picture of some images at several t_boom", "boomgen sweep --dataset fashion-sample"
-    )
-    sweeping.add_argument(
-        "--levels", default="0.2,0.4,0.6,0.8", help="t_boom values, comma-separated (default %(default)s)"
-    )
-    add_flags(sweeping, Job, Launch, leave_out=mode | {"t_boom"})
-    command("models", list_models, "models that are known by name", "boomgen models")
-    command("datasets", list_datasets, "data sets that are known by name", "boomgen datasets")
-    checkup = command("doctor", doctor, "check this machine", "boomgen doctor --out runs")
-    checkup.add_argument("--out", default=".", help="folder where runs are to be written (default: here)")
-    return parser
+    on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
+    command("datasets", list_datasets, "data sets that are known by name", "", "| grep imagenet")
+    command("models", list_models, "models that are known by name", "", "| grep ddpm")
+    completing = command("completion", completion, "a script that completes commands in your shell", "bash", "zsh")
+    completing.add_argument("shell", choices=["bash", "zsh"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0 done, 1 error, 2 wrong use, 3 rows failed, 75 stopped but resumable."""
+    if argv is None:
+        _speak_utf8()
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show stops nothing
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     verbose = "-v" in (argv or sys.argv) or "--verbose" in (argv or sys.argv)
     try:
         args = _parser().parse_args(argv)
@@ -246,7 +286,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ERROR
     except OSError as err:
-        return _complain(f"{err.strerror or err}{f': {err.filename}' if err.filename else ''}", ERROR, verbose)
+        where = f": {err.filename}" if err.filename else ""
+        return _complain(f"{err.strerror or err}{where}; mend that and give the same command again", ERROR, verbose)
     except Exception as err:
         return _complain(f"{type(err).__name__}: {err} (a fault of boomgen; -v shows where)", ERROR, verbose)
     except (Stopped, KeyboardInterrupt) as err:
@@ -255,10 +296,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"stopped ({str(err) or 'SIGINT'}); {again}", STOPPED, False)
 
 
+def _speak_utf8() -> None:
+    """Start again where the locale reads file names otherwise: keys, and with them the noise, would differ."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.environ["PYTHONUTF8"] = "1"  # for the workers
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", "-m", "boomgen", *sys.argv[1:]])
+
+
 def _complain(text: str, code: int, verbose: bool) -> int:
     if verbose:
         import traceback
 
         traceback.print_exc()
-    print(f"boomgen: {' '.join(text.split())}", file=sys.stderr)
+    print(f"boomgen: {printable(' '.join(text.split()))}", file=sys.stderr)
     return code

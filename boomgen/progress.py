@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from boomgen.engines.local import Event
 from boomgen.plan import Plan
+from boomgen.untrusted import printable
 
 LINE_EVERY = 10.0  # seconds
 
@@ -49,9 +50,9 @@ def show(plan: Plan, missing: Sequence[int], events: Iterable[Event]) -> None:
             count.add(event)
             bar.update(count.made - before)
             if event.kind in ("failed", "lost"):
-                tqdm.write(f"shard {event.shard}: {event.text}", file=sys.stderr)
+                tqdm.write(printable(f"shard {event.shard}: {event.text}"), file=sys.stderr)
             if event.kind == "gone":
-                tqdm.write(f"{event.text}; the others go on", file=sys.stderr)
+                tqdm.write(printable(f"{event.text}; the others go on"), file=sys.stderr)
             if count.failed:
                 bar.set_postfix(failed=count.failed, refresh=False)
             if not live and time.monotonic() - last > LINE_EVERY:

@@ -86,6 +86,21 @@ def one_thread() -> Iterator[None]:
 
 
 PlanTiny = Callable[..., RunDir]
+Tell = Callable[[str], None]
+
+
+@pytest.fixture
+def tell(record_property: Callable[[str, object], None]) -> Tell:
+    """Have a line of numbers shown when all tests are done."""
+    return lambda line: record_property("told", line)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Show what tests told, also those that ran in other processes."""
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    properties = (entry for report in reports for entry in getattr(report, "user_properties", ()))
+    for line in dict.fromkeys(line for name, line in properties if name == "told"):
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")

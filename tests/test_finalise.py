@@ -26,7 +26,7 @@ from boomgen.run import RunDir, ranges
 from boomgen.shard import DONE, PART
 from boomgen.verify import verify
 
-from .conftest import PlanTiny
+from .conftest import PlanTiny, Tell
 from .finished import PEOPLE, make_shards, nan_model, write_portraits
 
 Tree = dict[str, bytes]
@@ -141,9 +141,7 @@ def killed(run: Path, moment: int) -> bool:
 
 
 @pytest.mark.parametrize("linkage", [PRIVATE, NONE])
-def test_killed_before_every_change(
-    closable: Any, linkage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_before_every_change(closable: Any, linkage: str, monkeypatch: pytest.MonkeyPatch, tell: Tell) -> None:
     """Killed before any of its changes on the disk: a data set that is there is whole, its manifest too, and with
     `--linkage none` nothing links any more; going on gives the same files as an undisturbed run."""
     monkeypatch.setattr(shard, "sync", lambda path: None)  # nothing that a reader could see
@@ -165,8 +163,7 @@ def test_killed_before_every_change(
         shutil.rmtree(run.path)
     assert moment > 20
     assert (linkage == NONE) == (not list(links(undisturbed.path)))
-    with capsys.disabled():
-        print(f"\n{linkage}: finalise killed before each of its {moment} changes")
+    tell(f"{linkage}: finalise killed before each of its {moment} changes")
 
 
 def test_links_are_seen(whole: dict[str, Path]) -> None:

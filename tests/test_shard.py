@@ -23,6 +23,8 @@ import pytest
 from boomgen import shard
 from boomgen.shard import DONE, FAILPOINTS, PART, TAR, ShardWriter, canonical, sealed, sha256_file, unseal
 
+from .conftest import Tell
+
 Files = dict[str, bytes]
 STEPS = len(FAILPOINTS)  # with one row a worker passes each of them once
 
@@ -89,7 +91,7 @@ def quick_disk(tmp_path: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_interleavings(quick_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interleavings(quick_disk: Path, monkeypatch: pytest.MonkeyPatch, tell: Tell) -> None:
     """After every step of every interleaving of two workers, with either or both killed after any step, the shard is
     absent or one worker's three files, never to change again; one more worker then leaves exactly one whole shard.
     """
@@ -116,8 +118,7 @@ def test_interleavings(quick_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys
         shutil.rmtree(run)
     assert list(stepped(quick_disk, "A")) == list(FAILPOINTS)
     assert (2 * count, 2 * races) == (math.comb(2 * STEPS + 2, STEPS + 1), math.comb(2 * STEPS, STEPS))
-    with capsys.disabled():
-        print(f"\n{count} interleavings of two workers, {steps} steps, each checked")
+    tell(f"{count} interleavings of two workers, {steps} steps, each checked")
 
 
 def test_processes_race(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from boomgen.run import RunDir
 from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, unseal
 from boomgen.verify import remake, verify
 
-from .conftest import PlanTiny
+from .conftest import PlanTiny, Tell
 from .finished import finish, make_shards, nan_model
 
 FLIPS = 20
@@ -73,7 +73,7 @@ def flips(data: bytes, count: int = FLIPS) -> list[bytes]:
 
 
 @pytest.mark.parametrize("linked", [True, False])
-def test_every_flip_is_named(run: RunDir, faults: Check, linked: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_flip_is_named(run: RunDir, faults: Check, linked: bool, tell: Tell) -> None:
     """One byte changed anywhere in any file of a closed run: exit code 1 and a line with that file's path. Of files
     that are one on the disk, the shard's is named; where they are copies, the very one."""
     assert faults(run.path) == []
@@ -105,8 +105,7 @@ def test_every_flip_is_named(run: RunDir, faults: Check, linked: bool, capsys: p
             *("shards/N/data.tar", "shards/N/manifest.parquet", "shards/N/done.json"),
             *("dataset/data/trainN.tar", "manifest/partN.parquet"),
         }
-    with capsys.disabled():
-        print(f"\n{count} flips in {len(files)} files of {len(set(kinds))} kinds, each named")
+    tell(f"{count} flips in {len(files)} files of {len(set(kinds))} kinds, each named")
 
 
 def test_missing_files_are_named(run: RunDir, faults: Check) -> None:
