@@ -197,7 +197,7 @@ def _columns(rows: Sequence[Sequence[Any]]) -> str:
 
 
 FIRST = "runs/first"
-MADE = f"--dataset fashion-sample --limit 100 --out {FIRST}"
+MADE = f"--dataset fashion-sample --limit 16 --out {FIRST}"
 
 
 def _parser() -> Parser:
@@ -228,12 +228,12 @@ def _parser() -> Parser:
 def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -> None:
     checkup = command("doctor", doctor, "check this machine", "", "--out runs")
     checkup.add_argument("--out", default=".", help="folder where runs are to be written (default: here)")
-    examples = ("--dataset fashion-sample --limit 4", "--dataset fashion-sample --levels 0.2,0.5,0.8 --out levels.png")
+    examples = ("--dataset fashion-sample --limit 4", "--dataset fashion-sample --limit 4 --levels 0.2,0.5 --out 2.png")
     sweeping = command("sweep", sweep, "a picture of some images at several t_boom", *examples)
     levels = "t_boom values, comma-separated (default %(default)s)"
     sweeping.add_argument("--levels", default="0.2,0.4,0.6,0.8", help=levels)
     add_flags(sweeping, Job, Launch, leave_out=frozenset({"mode", "t_boom"}))
-    examples = (MADE, "--dataset fashion-sample --limit 32 --t-boom 40/100 --device cpu --workers 1 --out runs/second")
+    examples = (MADE, "--dataset fashion-sample --limit 16 --t-boom 20/50 --device cpu --workers 1 --out runs/second")
     making = command("anonymize", anonymize, "make a Boomerang version of every image, links kept private", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     on_run("status", status, "what a run holds, and how to go on", "", "--json").add_argument(
@@ -245,7 +245,7 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
 
 
 def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -> None:
-    examples = ("--dataset fashion-sample --limit 32 --variants 2", f"{MADE}-augmented --t-boom 0.2 --seed 7")
+    examples = ("--dataset fashion-sample --limit 8 --variants 2", f"{MADE}-augmented --t-boom 0.2 --seed 7")
     making = command("augment", anonymize, "make Boomerang versions of every image, links public", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
@@ -256,7 +256,7 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
     add_flags(planning, Job, Launch)
-    examples = ("quickstart --limit 32 --out runs/quick", f"{catalog.shipped('jobs').name}/quickstart.yaml --limit 32")
+    examples = ("quickstart --limit 16 --out runs/quick", "quickstart --t-boom 0.2 --limit 16 --out runs/near")
     from_file = command("run", run_file, "run a YAML job; flags win over the file", *examples)
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]
     add_flags(from_file, Job, Launch)

@@ -194,7 +194,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     source, labels = _index_source(folder, resolved)
     rows, chain = source.rows * job.variants, _chain(job, model)
     classes = _classes(model, source, labels)
-    network = _network(folder, job, model, device, rows * chain.level, classes)
+    network = _network(folder, job, model, device, rows, chain.level, classes)
     plan = Plan(
         boomgen=__version__,
         job=job.model_copy(update={"split": source.split}),
@@ -288,16 +288,22 @@ def _classes(model: ModelInfo, source: SourcePlan, labels: dict[int, int]) -> tu
 
 
 def _network(
-    folder: Path, job: Job, model: ModelInfo, device: str, image_calls: int, classes: tuple[int, ...] | None
+    folder: Path,
+    job: Job,
+    model: ModelInfo,
+    device: str,
+    rows: int,
+    level: int,
+    classes: tuple[int, ...] | None,
 ) -> NetworkPlan:
     import torch
 
     from boomgen.models.pixel_unet import compile_network, flops
 
-    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2))
+    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows))
     dtype = job.dtype or env.default_dtype(device)
     cost = flops(model, batch)
-    pays = device == "cpu" and cost / batch * image_calls > COMPILE_PAYS_FROM and shutil.which("g++") is not None
+    pays = device == "cpu" and cost / batch * rows * level > COMPILE_PAYS_FROM and shutil.which("g++") is not None
     package = folder / "network.pt2"
     if job.compile == "yes" or (job.compile is None and pays):
         torch.set_num_threads(1)
