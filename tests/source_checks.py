@@ -1,7 +1,9 @@
 """What the tests of all sources share."""
 
 import io
+import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -34,3 +36,16 @@ def listed(location: Path, split: str | None = None) -> list[tuple[str, int]]:
     assert len({row.key for row in rows}) == len(rows)
     assert all(row.size in (-1, len(source.read(row))) for row in rows if source.kind != "idx")
     return [(row.key, row.label) for row in rows]
+
+
+def member(name: str, data: bytes = b"", kind: bytes = tarfile.REGTYPE, link: str = "") -> tuple[tarfile.TarInfo, Any]:
+    info = tarfile.TarInfo(name)
+    info.size, info.type, info.linkname = len(data), kind, link
+    return info, io.BytesIO(data)
+
+
+def write_tar(path: Path, *members: tuple[tarfile.TarInfo, Any]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for info, data in members:
+            tar.addfile(info, data)
+    return path

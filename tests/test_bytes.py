@@ -314,9 +314,8 @@ def test_poison_shard(plan_tiny: PlanTiny, boomgen: Any, tmp_path: Path) -> None
 
 
 SICK = """#!{python}
-import os, sys
+import os, sys; sys.stdin.readline()
 def say(text): os.write(1, text.encode() + b"\\n")
-sys.stdin.readline()
 say('{{"kind": "ready", "shard": -1}}')
 for line in sys.stdin:
     shard = int(line)
