@@ -137,6 +137,30 @@ def boomgen() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+Complaint = Callable[..., str]
+
+
+@pytest.fixture
+def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Complaint:
+    """The one line that a failing command prints; it must leave nothing in the folder it was called in."""
+    from boomgen.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: Any, code: int = 2) -> str:
+        capsys.readouterr()
+        before = sorted(tmp_path.rglob("*"))
+        assert main([str(arg) for arg in args]) == code
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        assert captured.err.count("\n") == 1
+        assert captured.err.startswith("boomgen: ")
+        assert sorted(tmp_path.rglob("*")) == before
+        return captured.err.removeprefix("boomgen: ").rstrip("\n")
+
+    return run
+
+
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
 

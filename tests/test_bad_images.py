@@ -13,7 +13,7 @@ from PIL import Image
 from boomgen import images, manifest
 from boomgen.cli import main
 
-from .conftest import PlanTiny
+from .conftest import Complaint, PlanTiny
 from .finished import finish, pixel_hash, samples
 
 GREY = np.random.default_rng(3).integers(0, 256, (8, 8), np.uint8)
@@ -161,7 +161,7 @@ def test_any_name_is_a_key(oddly_named: Path, plan_tiny: PlanTiny, tmp_path: Pat
             assert rows[name]["pixel_sha256"] == pixel_hash(np.full((8, 8), number, np.uint8))
 
 
-def test_a_name_that_is_no_text_is_named(tmp_path: Path, complaint: Any, tiny_model: Path) -> None:
+def test_a_name_that_is_no_text_is_named(tmp_path: Path, complaint: Complaint, tiny_model: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()
     Path(os.fsdecode(os.fsencode(photos) + b"/\xff\xfe.png")).write_bytes(stored(GREY))

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from boomgen.job import Job, Launch
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
 
-from .conftest import PlanTiny, write_idx
+from .conftest import Complaint, PlanTiny, write_idx
 from .disk.faults import FAIL_FROM_HERE
 from .finished import finish, samples, write_portraits
 from .source_checks import member, picture, write_tar
@@ -30,20 +29,6 @@ from .test_faults import command, place, preloaded
 __all__ = ["place", "preloaded"]  # fixtures
 
 # Data sets and options ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """The one line of a command that is refused."""
-
-    def run(*args: Any, code: int = 2) -> str:
-        capsys.readouterr()
-        assert main([*map(str, args), "--device", "cpu"]) == code
-        said = capsys.readouterr()
-        assert (said.out, said.err.count("\n")) == ("", 1)
-        return said.err.removeprefix("boomgen: ").rstrip("\n")
-
-    return run
 
 
 @pytest.mark.parametrize(
@@ -56,7 +41,7 @@ def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         ("much", "t_boom 'much' is not a level; expected a number in [0, 1] or a level as 40/100"),
     ],
 )
-def test_t_boom_outside_the_chain(complaint: Any, t_boom: str, said: str) -> None:
+def test_t_boom_outside_the_chain(complaint: Complaint, t_boom: str, said: str) -> None:
     assert complaint("anonymize", "--dataset", "fashion-sample", f"--t-boom={t_boom}") == said
 
 
@@ -67,14 +52,14 @@ def test_t_boom_outside_the_chain(complaint: Any, t_boom: str, said: str) -> Non
         ([3, 12, 1], "label 12 in fashion-mnist; expected 0 to 9"),
     ],
 )
-def test_data_sets_that_do_not_fit(complaint: Any, tmp_path: Path, labels: list[int], said: str) -> None:
+def test_data_sets_that_do_not_fit(complaint: Complaint, tmp_path: Path, labels: list[int], said: str) -> None:
     source = write_idx(tmp_path / "source", np.zeros((len(labels), 8, 8), np.uint8), np.array(labels, int))
     job = ["--dataset", "fashion-mnist", "--data-dir", source, "--out", tmp_path / "run"]
     assert complaint("anonymize", *job) == said
     assert not (tmp_path / "run").exists()
 
 
-def test_duplicate_keys_are_named(complaint: Any, tmp_path: Path, tiny_model: Path) -> None:
+def test_duplicate_keys_are_named(complaint: Complaint, tmp_path: Path, tiny_model: Path) -> None:
     (tmp_path / "set").mkdir()
     for name in ("a", "b"):
         write_tar(tmp_path / "set" / f"{name}.tar", member("0001.png", picture(1)))
@@ -124,7 +109,7 @@ def test_one_class_is_a_data_set(plan_tiny: PlanTiny, tmp_path: Path) -> None:
     ],
 )
 def test_models_that_do_not_fit(
-    complaint: Any, tmp_path: Path, tiny_model: Path, tiny_source: Path, file: str, change: Any, said: str
+    complaint: Complaint, tmp_path: Path, tiny_model: Path, tiny_source: Path, file: str, change: Any, said: str
 ) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     path = model / file
@@ -141,7 +126,7 @@ def test_models_that_do_not_fit(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_split_that_is_not_there_is_not_the_whole(complaint: Any, tmp_path: Path, tiny_model: Path) -> None:
+def test_a_split_that_is_not_there_is_not_the_whole(complaint: Complaint, tmp_path: Path, tiny_model: Path) -> None:
     photos = write_portraits(tmp_path / "photos")
     job = ["--dataset", photos, "--model", tiny_model, "--t-boom", "0.4", "--out", tmp_path / "run"]
     said = f"{photos}: no split 'val', it is not divided into splits; drop --split"
@@ -168,7 +153,7 @@ def test_a_disk_that_takes_nothing(place: Path, preloaded: dict[str, str], code:
 
 
 def test_a_missing_place_is_made_and_a_file_in_the_way_is_not_touched(
-    complaint: Any, tmp_path: Path, tiny_model: Path, tiny_source: Path
+    complaint: Complaint, tmp_path: Path, tiny_model: Path, tiny_source: Path
 ) -> None:
     job = ["--dataset", tiny_source, "--model", tiny_model, "--t-boom", "0.4", "--steps", "10"]
     assert main(["plan", *map(str, job), "--out", str(tmp_path / "a" / "b" / "run"), "--device", "cpu"]) == 0

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,27 +14,7 @@ from boomgen.cli import main
 from boomgen.finalise import finalise
 from boomgen.worker import Worker
 
-from .conftest import PlanTiny
-
-Complaint = Callable[..., str]
-
-
-@pytest.fixture
-def complaint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Complaint:
-    """The one line that a failing command prints; it must leave nothing in the folder it was called in."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*args: Any, code: int = 2) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        assert main([str(arg) for arg in args]) == code
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.count("\n") == 1
-        assert captured.err.startswith("boomgen: ")
-        assert sorted(tmp_path.rglob("*")) == before
-        return captured.err.removeprefix("boomgen: ").rstrip("\n")
-
-    return run
+from .conftest import Complaint, PlanTiny
 
 
 def modules_after(*args: Any, cwd: Path) -> tuple[subprocess.CompletedProcess[str], set[str]]:

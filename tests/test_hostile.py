@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from boomgen.run import RunDir
 from boomgen.sources import open_source
 from boomgen.untrusted import printable
 
-from .conftest import PlanTiny
+from .conftest import Complaint, PlanTiny
 from .finished import finish, samples
 from .scanner import leaks
 from .source_checks import member, picture, write_tar
@@ -129,18 +128,7 @@ BOMB = "a0: &a0 [lol,lol,lol,lol,lol,lol,lol,lol,lol,lol]\n" + "".join(
 )
 
 
-@pytest.fixture
-def complaint(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def run(*args: Any) -> str:
-        assert main([str(arg) for arg in args]) == 2
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1
-        return said.removeprefix("boomgen: ").rstrip("\n")
-
-    return run
-
-
-def test_tags_of_programs_are_refused(complaint: Any, tmp_path: Path, marker: Path) -> None:
+def test_tags_of_programs_are_refused(complaint: Complaint, tmp_path: Path, marker: Path) -> None:
     job = tmp_path / "job.yaml"
     job.write_text(f"mode: !!python/object/apply:os.mkdir [{marker}]\n")
     yaml.unsafe_load(job.read_text())
@@ -150,7 +138,7 @@ def test_tags_of_programs_are_refused(complaint: Any, tmp_path: Path, marker: Pa
     assert not marker.exists()
 
 
-def test_bombs_of_aliases_are_refused(complaint: Any, tmp_path: Path, tiny_model: Path) -> None:
+def test_bombs_of_aliases_are_refused(complaint: Complaint, tmp_path: Path, tiny_model: Path) -> None:
     naive = yaml.safe_load("".join(BOMB.splitlines(keepends=True)[:5]))
     assert len(repr(naive)) > 500_000  # five lines; each further one is ten times as much
     (tmp_path / "job.yaml").write_text(BOMB + "t_boom: *a8\n")
