@@ -90,6 +90,6 @@ def test_any_operation_on_files_may_fail(
     )
     assert found["wrong"] == []
     assert found["tried"] > 200
-    for kind in ("rename shards/", "fsync staging/", "write index.parquet", "link staging/", "mkdir staging/"):
+    for kind in ("rename staging/", "fsync staging/", "write index.parquet", "link staging/", "mkdir staging/"):
         verb, _, where = kind.partition(" ")
         assert any(name.startswith(verb) and where in name for name in found["kinds"]), kind
