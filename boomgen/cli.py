@@ -232,7 +232,11 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     sweeping = command("sweep", sweep, "a picture of some images at several t_boom", *examples)
     levels = "t_boom values, comma-separated (default %(default)s)"
     sweeping.add_argument("--levels", default="0.2,0.4,0.6,0.8", help=levels)
-    add_flags(sweeping, Job, Launch, leave_out=frozenset({"mode", "t_boom"}))
+    drawing = "picture to write (default sweep.png)"
+    sweeping.add_argument("--out", default=argparse.SUPPRESS, help=drawing).complete = shtab.FILE  # type: ignore[attr-defined]
+    written = {"variants", "linkage", "labels", "format", "shard_size", "compile"}
+    launched = {"out", "gpus", "workers", "secret_file", "allow_mixed"}
+    add_flags(sweeping, Job, Launch, leave_out=frozenset({"mode", "t_boom"} | written | launched))
     examples = (MADE, "--dataset fashion-sample --limit 16 --t-boom 20/50 --device cpu --workers 1 --out runs/second")
     making = command("anonymize", anonymize, "make a Boomerang version of every image, links kept private", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
@@ -255,7 +259,7 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     examples = ("--dataset fashion-sample --calibrate", "--dataset fashion-sample --t-boom 0.2 --out runs/planned")
     planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
-    add_flags(planning, Job, Launch)
+    add_flags(planning, Job, Launch, leave_out=frozenset({"workers", "allow_mixed"}))
     examples = ("quickstart --limit 16 --out runs/quick", "quickstart --t-boom 0.2 --limit 16 --out runs/near")
     from_file = command("run", run_file, "run a YAML job; flags win over the file", *examples)
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]

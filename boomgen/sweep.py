@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from boomgen import images
+from boomgen.errors import UsageError
 from boomgen.images import Pixels
 from boomgen.job import Job, Launch
 from boomgen.levels import parse_t_boom
@@ -17,6 +18,8 @@ MARGIN = 92
 
 def sweep(job: Job, launch: Launch, t_booms: list[str], out: Path) -> dict[str, str]:
     """Write the picture; per t_boom the abar and the rms distance to the source (pixels in [-1, 1])."""
+    if out.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise UsageError(f"a picture named {out}; expected a name that ends in .png, .jpg or .webp")
     lines: list[tuple[str, list[Pixels]]] = []
     table: dict[str, str] = {}
     for t_boom in t_booms:
@@ -42,6 +45,10 @@ def _at(job: Job, launch: Launch) -> tuple[float, list[Pixels], list[Pixels]]:
         outputs, _ = worker.sample(loaded)
     pairs = [(item.row.source_row, item.pixels, outputs[i].numpy()) for i, item in enumerate(loaded)]
     shown = sorted((pair for pair in pairs if pair[1] is not None), key=lambda pair: pair[0])
+    if not shown:
+        raise UsageError(
+            f"not one of the first {job.limit} images of {job.dataset} can be decoded; try a greater --limit"
+        )
     abar = run.plan.chain.levels.abar(run.plan.chain.level)
     return abar, [source for _, source, _ in shown if source is not None], [output for _, _, output in shown]
 

@@ -236,3 +236,13 @@ def test_a_finished_run_is_closed_and_quiet(plan_tiny: PlanTiny, tmp_path: Path)
     finalise(run)
     done, modules = modules_after("resume", run.path, cwd=tmp_path)
     assert (done.returncode, done.stderr, modules) == (0, "", set())
+
+
+def test_sweep_needs_a_picture_to_draw(complaint: Complaint, tmp_path: Path) -> None:
+    line = ["sweep", "--dataset", "fashion-sample", "--out"]
+    assert complaint(*line, "x.txt") == "a picture named x.txt; expected a name that ends in .png, .jpg or .webp"
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"")
+    line = ["sweep", "--dataset", "photos", "--model", "fashion-patched-ddpm", "--levels", "0.1", "--limit", "3"]
+    said = "not one of the first 3 images of photos can be decoded; try a greater --limit"
+    assert complaint(*line) == said
