@@ -1,6 +1,7 @@
 """The docs say what is, and the code keeps the order that they draw."""
 
 import ast
+import contextlib
 import re
 import shlex
 from pathlib import Path
@@ -31,9 +32,8 @@ def commands() -> list[str]:
 def test_every_command_in_the_docs_is_one_that_boomgen_understands(line: str) -> None:
     arguments = shlex.split(line, comments=True)[1:]
     try:
-        cli._parser().parse_args(arguments)
-    except SystemExit as stop:
-        assert stop.code == 0  # --help
+        with contextlib.suppress(SystemExit):  # of --help; a mistake is a UsageError
+            cli._parser().parse_args(arguments)
     except UsageError as err:
         pytest.fail(f"{line}: {err}")
 
