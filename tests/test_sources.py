@@ -72,6 +72,7 @@ def test_idx_plain_files_and_splits(tmp_path):
         (lambda i, _: i.write_bytes(i.read_bytes() + b"x"), "holds too many bytes of data, expected 60"),
         (lambda i, _: i.write_bytes(b"\x89PNG" + i.read_bytes()[4:]), "begins with 89504e47, expected 00000803"),
         (lambda i, _: i.write_bytes(b""), "begins with nothing, expected 00000803"),
+        (lambda i, _: i.write_bytes(i.read_bytes()[:15] + b"\0"), "holds images without pixels ((4, 0))"),
         (
             lambda i, _: i.write_bytes(bytes([0, 0, 8, 3, 0])),
             "begins with 00000803, expected 00000803 and 3 dimensions",

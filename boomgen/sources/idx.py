@@ -44,6 +44,8 @@ class Idx:
     def _pixels(self) -> NDArray[np.uint8]:
         """(N, H, W)."""
         pixels = _array(self._images, dims=3)
+        if 0 in pixels.shape[1:]:
+            raise UsageError(f"{self._images} holds images without pixels ({pixels.shape[1:]}); download it again")
         if len(pixels) != len(self._labels):
             raise UsageError(
                 f"{self._images} holds {len(pixels)} images, but its labels file {len(self._labels)} labels; "
