@@ -134,8 +134,9 @@ class Plan(_Frozen):
     @property
     def calls(self) -> int:
         """Network calls of the whole job."""
-        per_shard = (math.ceil(len(self.positions(i)) / self.network.batch_size) for i in range(self.shards))
-        return sum(per_shard) * self.chain.level
+        full, rest = divmod(self.rows, self.shard_size)
+        batches = full * self.batches_per_shard + math.ceil(rest / self.network.batch_size)
+        return batches * self.chain.level
 
     def to_bytes(self) -> bytes:
         return sealed(self.model_dump(mode="json"))
