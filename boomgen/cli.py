@@ -92,10 +92,13 @@ def verify(args: argparse.Namespace) -> int:
     from boomgen.verify import verify as check
 
     run = RunDir(args.run)
+    if args.remake < 0:
+        raise UsageError(f"--remake {args.remake}; expected a number of rows, 0 or more")
     faults = list(check(run))
     if args.remake and not faults:
         faults += remake(run, args.remake)
-    _say("\n".join(faults) or f"{run.path} is sound: {run.plan.shards} shards, {run.plan.rows} rows")
+    again = f", {min(args.remake, run.plan.rows)} of them made again" if args.remake else ""
+    _say("\n".join(faults) or f"{run.path} is sound: {run.plan.shards} shards, {run.plan.rows} rows{again}")
     return ERROR if faults else DONE
 
 
@@ -155,7 +158,7 @@ def _summary(path: Path) -> int:
 
 
 def _status_text(path: Path) -> str:
-    from boomgen.plan import passed_over
+    from boomgen.plan import source_lines
     from boomgen.run import RunDir, ranges
 
     run = RunDir(path)
@@ -164,22 +167,28 @@ def _status_text(path: Path) -> str:
     lines = {
         "rows": f"{', '.join([f'{found.ok} ok', *counts])} of {run.plan.rows}"
         + (f"; which: boomgen logs {path} --failed" if counts else ""),
-        **passed_over(run.plan),
+        **source_lines(run.plan),
         "t_boom": f"level {level}/{levels.count}, abar {levels.abar(level):.4f}",
         "shards": f"{found.whole} of {found.planned} whole"
-        + (f", missing {ranges(found.missing)}" if found.missing else ""),
+        + (f", missing: number {ranges(found.missing)}" if found.missing else ""),
     }
     if found.finalised:
         lines |= {
             "data set": str(run.dataset),
             "manifest": str(run.manifest),
-            "next": f"boomgen verify {path} --remake 5",
         }
-    else:
-        lines |= {"next": f"boomgen {'resume' if found.missing else 'finalise'} {path}"}
-    if run.plan.job.linkage == "private":
+    lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
+    if found.finalised and run.plan.job.linkage == "private":
         lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
     return _table(lines)
+
+
+def _next(found: Any) -> str:
+    if found.missing:
+        return "resume RUN"
+    if found.finalised:
+        return "verify RUN --remake 5"
+    return "finalise RUN" if found.ok else "logs RUN --failed"
 
 
 def _say(text: str) -> None:

@@ -2,11 +2,12 @@
 
 import contextlib
 import io
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from boomgen.errors import RowError
 from boomgen.sources.base import RawImage
@@ -45,10 +46,13 @@ def decode(raw: RawImage, channels: int) -> Pixels:
         pixels = np.asarray(_flat(_upright(image)).convert("L" if channels == 1 else "RGB"))
     except (RowError, MemoryError):  # another machine may have the memory
         raise
+    except UnidentifiedImageError as err:
+        raise RowError("undecodable", "not an image of a format that boomgen reads" if raw else "empty file") from err
     except Image.DecompressionBombError as err:
         raise RowError("too-large", str(err)) from err
     except Exception as err:  # decoders raise what they like, but follow from the bytes alone
-        raise RowError("undecodable", str(err).splitlines()[0] if str(err) else type(err).__name__) from err
+        line = re.sub(r" at 0x[0-9a-f]+", "", " ".join(str(err).split()))  # a place in memory differs each time
+        raise RowError("undecodable", line or type(err).__name__) from err
     return pixels.reshape(*pixels.shape[:2], channels)
 
 

@@ -78,7 +78,10 @@ def _checked(rows: Iterator[Row]) -> Iterator[Row]:
         except UnicodeEncodeError as err:
             raise UsageError(f"the name {row.key!r} is not UTF-8; rename the file") from err
         if digest in seen:
-            raise UsageError(f"key {row.key!r} appears twice in the source; expected unique keys: rename or remove one")
+            where = f", again in {row.path}" if row.path else ""
+            raise UsageError(
+                f"key {row.key!r} appears twice in the source{where}; expected unique keys: rename or remove one"
+            )
         if not NO_LABEL <= row.label <= MAX_LABEL:
             raise UsageError(f"row {row.key!r} has label {row.label}, expected 0 to {MAX_LABEL} or {NO_LABEL} for none")
         seen.add(digest)

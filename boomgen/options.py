@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from boomgen import catalog
 from boomgen.errors import UsageError
 from boomgen.job import Job, Launch, build, split_options
 from boomgen.untrusted import read_yaml
@@ -82,7 +83,10 @@ def read_job_file(path: Path) -> dict[str, Any]:
     try:
         found = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
-        raise UsageError(f"job {path}: {' '.join(str(err).split())}; expected a YAML file of options") from err
+        why = getattr(err, "strerror", None) or " ".join(str(err).split())
+        known = ", ".join(sorted(job.stem for job in catalog.shipped("jobs").glob("*.yaml")))
+        others = f", or one of: {known}" if isinstance(err, FileNotFoundError) else ""
+        raise UsageError(f"job {path}: {why}; expected a YAML file of options{others}") from err
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise UsageError(f"job {path} is no mapping; expected lines such as 't_boom: 0.4'")
     return {name.replace("-", "_"): value for name, value in found.items()}

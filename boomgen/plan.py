@@ -17,7 +17,7 @@ from boomgen.levels import Levels, parse_t_boom
 from boomgen.models import ModelInfo
 from boomgen.shard import sealed, unseal
 from boomgen.sources import open_source
-from boomgen.sources.base import NO_LABEL, Row, Source
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, Row, Source
 
 SCHEMA_VERSION = 1
 
@@ -38,7 +38,7 @@ class SourcePlan(_Frozen):
     rows: int = Field(ge=1)
     passed_over: dict[str, int]  # what was met and left out while the rows were listed, by kind
     classes: tuple[str, ...]
-    labelled: bool
+    labels: int = Field(ge=0)  # how many labels occur in its rows; 0: it has none
     licence: str
     index_sha256: str
 
@@ -125,7 +125,7 @@ class Plan(_Frozen):
 
     @property
     def labels_kept(self) -> bool:
-        return self.source.labelled and self.job.labels == "keep"
+        return self.source.labels > 0 and self.job.labels == "keep"
 
     def positions(self, shard: int) -> range:
         """The output rows of one shard."""
@@ -215,20 +215,34 @@ def describe(plan: Plan) -> dict[str, Any]:
     levels = plan.chain.levels
     return {
         "images": f"{plan.rows:,} ({plan.source.rows:,} sources x {plan.job.variants})",
-        **passed_over(plan),
-        "shards": f"{plan.shards:,} of {plan.shard_size:,}",
+        **source_lines(plan),
+        "shards": f"{plan.shards:,}, of up to {plan.shard_size:,} images",
         "t_boom": f"level {plan.chain.level}/{levels.count}, abar {levels.abar(plan.chain.level):.4f}",
         "model": f"{plan.model.name} ({plan.model.licence})",
+        "makes": f"{plan.model.size}x{plan.model.size} {'grey' if plan.model.channels == 1 else 'RGB'}, the model is "
+        f"{'told' if plan.network.classes else 'not told'} the classes",
         "network": f"{plan.network.dtype}, batch {plan.network.batch_size}, "
         f"{'compiled' if plan.network.package_sha256 else 'eager'} on {plan.network.device}",
         "calls": f"{plan.calls:,} ({plan.calls * plan.network.flops / 1e12:,.1f} TFLOP)",
     }
 
 
-def passed_over(plan: Plan) -> dict[str, str]:
-    """What of the source was left out, for people; {} where nothing was."""
-    kinds = [f"{count:,} {kind}" for kind, count in plan.source.passed_over.items()]
-    return {"left out": f"{', '.join(kinds)} (no images that boomgen reads)"} if kinds else {}
+def source_lines(plan: Plan) -> dict[str, str]:
+    """What was found in the source, for people: its split, its labels, and what was left out."""
+    source, lines = plan.source, {}
+    if source.split != NO_SPLIT:
+        lines["split"] = f"{source.split} only"
+    if not source.labels:
+        lines["labels"] = "none found"
+    elif not plan.labels_kept:
+        lines["labels"] = "dropped"
+    else:
+        lines["labels"] = f"{source.labels} of {len(source.classes)} classes"
+    kinds = [f"{count:,} {kind}" for kind, count in sorted(source.passed_over.items(), key=lambda kind: -kind[1])]
+    if kinds:
+        shown = kinds[:5] + [f"{len(kinds) - 5} more kinds"] * (len(kinds) > 5)
+        lines["left out"] = f"{', '.join(shown)} (no images that boomgen reads)"
+    return lines
 
 
 def label_of(plan: Plan, label: int) -> tuple[int, str]:

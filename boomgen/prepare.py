@@ -21,6 +21,8 @@ from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
 from boomgen.sources.base import NO_LABEL
 
+NEARLY_CLEAN = 0.999
+"""abar above which an image comes out as good as unchanged."""
 COMPILE_PAYS_FROM = 60e12
 """FLOP of a whole job above which compiling pays: about half an hour of one CPU core, against a minute of compiling."""
 
@@ -77,6 +79,8 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
 
 def _location(job: Job, preset: catalog.DataSet | None) -> str:
     if job.data_dir:
+        if not preset and Path(job.dataset).exists():
+            raise UsageError(f"--dataset {job.dataset} is a place itself; drop --data-dir {job.data_dir}")
         if not Path(job.data_dir).exists():
             raise UsageError(f"--data-dir {job.data_dir} does not exist; expected the folder of {job.dataset}")
         return str(Path(job.data_dir).resolve())
@@ -114,6 +118,8 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         return reopen(out, resolved, launch)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} exists and is no run folder; use another --out")
+    if Path(resolved.location).is_dir() and out.resolve().is_relative_to(resolved.location):
+        raise UsageError(f"--out {out} lies inside the data set, which would grow by it; use a place outside")
     device, _ = env.choose_device(launch)
     made = _missing_parents(out)
     _clear_away(out)
@@ -239,7 +245,7 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         rows=rows,
         passed_over=dict(sorted(source.passed_over.items())),
         classes=_class_names(resolved, source.classes, labels),
-        labelled=set(labels) != {NO_LABEL},
+        labels=len(labels.keys() - {NO_LABEL}),
         licence=preset.licence if preset else "not stated",
         index_sha256=sha256_file(path),
     )
@@ -269,6 +275,12 @@ def _chain(job: Job, model: ModelInfo) -> ChainPlan:
 
     t_boom, steps = t_boom_of(job)
     levels = respaced(trained_abar(model), spaced(model.trained_steps, steps, job.spacing))
+    abar = levels.abar(levels.level(t_boom))
+    if job.mode == "anonymize" and abar > NEARLY_CLEAN:
+        raise UsageError(
+            f"--t-boom {job.t_boom} is level {levels.level(t_boom)} of {levels.count}, abar {abar:.4f}: nearly the "
+            "originals; use a greater --t-boom, more --steps, or augment"
+        )
     return ChainPlan(
         level=levels.level(t_boom),
         a=tuple(levels.a.tolist()),

@@ -58,3 +58,5 @@ def show(plan: Plan, missing: Sequence[int], events: Iterable[Event]) -> None:
             if not live and time.monotonic() - last > LINE_EVERY:
                 last = time.monotonic()
                 print(count.line(), file=sys.stderr, flush=True)
+    if not live and count.made:
+        print(count.line(), file=sys.stderr, flush=True)

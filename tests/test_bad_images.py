@@ -12,9 +12,11 @@ from PIL import Image
 
 from boomgen import images, manifest
 from boomgen.cli import main
+from boomgen.verify import remake
 
 from .conftest import Complaint, PlanTiny
 from .finished import finish, pixel_hash, samples
+from .test_bytes import made
 
 GREY = np.random.default_rng(3).integers(0, 256, (8, 8), np.uint8)
 
@@ -48,8 +50,8 @@ GOOD = {
     "cmyk.tiff": stored(Image.merge("CMYK", [Image.fromarray(255 - GREY)] * 3 + [Image.new("L", (8, 8))]), "tiff"),
 }
 BAD = {
-    "empty.png": (b"", "undecodable", "cannot identify image file"),
-    "text.jpg": (b"this is no picture", "undecodable", "cannot identify image file"),
+    "empty.png": (b"", "undecodable", "empty file"),
+    "text.jpg": (b"this is no picture", "undecodable", "not an image of a format that boomgen reads"),
     "cut.jpg": (JPEG[: len(JPEG) // 2], "undecodable", "image file is truncated ("),
     "cut.png": (stored(GREY)[:60], "undecodable", ""),
     "bomb.png": (BOMB, "too-large", TOO_LARGE),
@@ -79,7 +81,9 @@ def test_every_image_ends_as_a_row(plan_tiny: PlanTiny, tmp_path: Path) -> None:
         else:
             assert row["status"] == "ok", (name, row["detail"])
             assert row["pixel_sha256"] == pixel_hash(GREY), name
-    assert main(["logs", str(run.path), "--failed"]) == 0
+    again = finish(plan_tiny(tmp_path / "again", mode="augment", dataset=str(photos), t_boom="0"))
+    assert made(again) == made(run)
+    assert list(remake(run, len(rows))) == []
 
 
 def test_failed_rows_are_listed_with_their_reasons(
@@ -95,7 +99,7 @@ def test_failed_rows_are_listed_with_their_reasons(
     assert main(["resume", str(run.path), "--device", "cpu", "--workers", "1"]) == 3
     told = capsys.readouterr().out.splitlines()
     assert told[0] == f"rows      1 ok, 1 failed (too-large) of 2; which: boomgen logs {run.path} --failed"
-    assert told[1] == "left out  1 .heic, 1 .txt (no images that boomgen reads)"
+    assert told[1:3] == ["labels    none found", "left out  1 .heic, 1 .txt (no images that boomgen reads)"]
     assert len(told) <= 10
     assert main(["logs", str(run.path), "--failed"]) == 0
     assert capsys.readouterr().out in [f"row {row} (bomb.png): too-large: {TOO_LARGE}\n" for row in (0, 1)]

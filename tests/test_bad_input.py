@@ -64,7 +64,7 @@ def test_duplicate_keys_are_named(complaint: Complaint, tmp_path: Path, tiny_mod
     for name in ("a", "b"):
         write_tar(tmp_path / "set" / f"{name}.tar", member("0001.png", picture(1)))
     job = ["--dataset", tmp_path / "set", "--model", tiny_model, "--t-boom", "0.4", "--out", tmp_path / "run"]
-    said = "key '0001' appears twice in the source; expected unique keys: rename or remove one"
+    said = "key '0001' appears twice in the source, again in b.tar; expected unique keys: rename or remove one"
     assert complaint("anonymize", *job) == said
 
 
@@ -131,6 +131,24 @@ def test_a_split_that_is_not_there_is_not_the_whole(complaint: Complaint, tmp_pa
     job = ["--dataset", photos, "--model", tiny_model, "--t-boom", "0.4", "--out", tmp_path / "run"]
     said = f"{photos}: no split 'val', it is not divided into splits; drop --split"
     assert complaint("anonymize", *job, "--split", "val") == said
+
+
+def test_a_level_that_changes_nothing_is_not_anonymous(
+    complaint: Complaint, tiny_source: Path, tiny_model: Path
+) -> None:
+    job = ["--dataset", tiny_source, "--model", tiny_model, "--t-boom", "0.2", "--steps", "5", "--out", "run"]
+    said = "--t-boom 0.2 is level 1 of 5, abar 0.9999: nearly the originals; use a greater --t-boom, more --steps"
+    assert complaint("anonymize", *job) == f"{said}, or augment"
+
+
+def test_places_that_exclude_each_other(complaint: Complaint, tmp_path: Path, tiny_model: Path) -> None:
+    photos = write_portraits(tmp_path / "photos")
+    job = ["--dataset", photos, "--model", tiny_model, "--t-boom", "0.4"]
+    said = f"--dataset {photos} is a place itself; drop --data-dir {tmp_path}"
+    assert complaint("anonymize", *job, "--data-dir", tmp_path, "--out", tmp_path / "run") == said
+    inside = photos / "healthy_volunteers" / "run"
+    said = f"--out {inside} lies inside the data set, which would grow by it; use a place outside"
+    assert complaint("anonymize", *job, "--out", inside) == said
 
 
 # Places to write ----------------------------------------------------------------------------------------------------

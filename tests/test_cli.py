@@ -110,7 +110,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["run", "no-such-job"],
-            "job no-such-job: [Errno 2] No such file or directory: 'no-such-job'; expected a YAML file of options",
+            "job no-such-job: No such file or directory; expected a YAML file of options, or one of: quickstart",
         ),
         (
             ["anonymize", "--dataset", "fashion-sample", "--device", "cpu", "--gpus", "2"],
@@ -165,7 +165,9 @@ def test_plan_says_what_it_will_cost(
     said = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     said = {name: value.strip() for name, value in said.items()}
     assert said["images"] == "100 (100 sources x 1)"
-    assert said["shards"] == "7 of 16"
+    assert said["shards"] == "7, of up to 16 images"
+    assert said["labels"] == "10 of 10 classes"
+    assert said["makes"] == "8x8 grey, the model is told the classes"
     assert said["calls"].startswith("52 (")  # 13 batches of 8, 4 levels each
     assert said["t_boom"].startswith("level 4/10, abar ")
     assert "device-hours" in said
@@ -182,9 +184,9 @@ def test_status_tells_what_is_missing_and_how_to_go_on(
         worker.make_shard(shard)
     assert main(["status", str(run.path)]) == 0
     text = capsys.readouterr().out
-    assert "rows     48 ok of 100\n" in text
-    assert "shards   3 of 7 whole, missing 2-3,5-6\n" in text
-    assert f"next     boomgen resume {run.path}\n" in text
+    assert "rows    48 ok of 100\n" in text
+    assert "shards  3 of 7 whole, missing: number 2-3,5-6\n" in text
+    assert f"next    boomgen resume {run.path}\n" in text
     assert main(["status", str(run.path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["missing"] == "2-3,5-6"
     for shard in (2, 3, 5, 6):
@@ -192,7 +194,7 @@ def test_status_tells_what_is_missing_and_how_to_go_on(
     assert main(["finalise", str(run.path)]) == 0
     assert f"data set  {run.dataset}\n" in capsys.readouterr().out
     assert main(["verify", str(run.path), "--remake", "5"]) == 0
-    assert capsys.readouterr().out == f"{run.path} is sound: 7 shards, 100 rows\n"
+    assert capsys.readouterr().out == f"{run.path} is sound: 7 shards, 100 rows, 5 of them made again\n"
 
 
 def test_logs_tell_of_shards_and_of_failures(
@@ -236,6 +238,12 @@ def test_a_finished_run_is_closed_and_quiet(plan_tiny: PlanTiny, tmp_path: Path)
     finalise(run)
     done, modules = modules_after("resume", run.path, cwd=tmp_path)
     assert (done.returncode, done.stderr, modules) == (0, "", set())
+
+
+def test_verify_counts_upwards(complaint: Complaint, plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    run = plan_tiny(tmp_path / "run")
+    said = "--remake -1; expected a number of rows, 0 or more"
+    assert complaint("verify", run.path, "--remake", "-1") == said
 
 
 def test_sweep_needs_a_picture_to_draw(complaint: Complaint, tmp_path: Path) -> None:

@@ -71,6 +71,16 @@ def by_datasets(run: RunDir, cache: Path) -> Any:
     return load_dataset(str(run.dataset), cache_dir=str(cache))
 
 
+def test_two_runs_do_not_share_a_place_in_the_cache(plan_tiny, portraits, tmp_path, monkeypatch):
+    """Loaded by the same relative path, as in the README: `datasets` tells copies in its cache apart by their cards."""
+    for name, t_boom in (("one", "0.4"), ("two", "0.8")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        run = finish(plan_tiny(tmp_path / name / "RUN", dataset=str(portraits), split=None, t_boom=t_boom))
+        loaded = load_dataset("RUN/dataset", split="train", cache_dir=str(tmp_path / "cache"))
+        assert {row["t_boom"] for row in loaded["json"]} == {f"{run.plan.chain.level}/10"}
+
+
 def test_datasets_loads_the_ok_rows(run, tmp_path):
     check_datasets(run, tmp_path)
 

@@ -204,6 +204,21 @@ def test_what_is_not_understood(tmp_path):
     assert "does not exist" in refused("cifar11")
 
 
+def test_columns_are_for_tables(tmp_path):
+    tree(tmp_path, "a.png")
+    said = f"{tmp_path} holds image files, which have no columns; drop --image-column, --label-column"
+    assert refused(tmp_path, label_column="label") == said
+
+
+def test_single_files_that_come_close(tmp_path):
+    for name, advice in (
+        ("a.tar.gz", "is a compressed tar (gunzip it)"),
+        ("a.parquet", "is one Parquet file (give its"),
+    ):
+        (tmp_path / name).write_bytes(b"x")
+        assert refused(tmp_path / name).startswith(f"{tmp_path}/{name} {advice}")
+
+
 def test_an_image_folder_with_parquet_metadata_is_an_image_folder(tmp_path):
     tree(tmp_path, "a.png")
     (tmp_path / "metadata.parquet").write_bytes(b"")

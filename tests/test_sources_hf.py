@@ -68,10 +68,11 @@ def test_columns_can_be_chosen(tmp_path):
 def test_labels_fall_back_to_integer_columns_and_then_to_none(tmp_path):
     images = table().select_columns(["image"])
     images.add_column("label", [5, None, 7, 8]).save_to_disk(tmp_path / "whole")
-    images.add_column("label", list("abcd")).save_to_disk(tmp_path / "text")
+    images.add_column("label", ["dog", None, "cat", "dog"]).save_to_disk(tmp_path / "text")
     images.save_to_disk(tmp_path / "none")
     assert [label for _, label in listed(tmp_path / "whole")] == [5, -1, 7, 8]
-    assert [label for _, label in listed(tmp_path / "text")] == [-1] * 4
+    assert open_source(str(tmp_path / "text")).classes == ("cat", "dog")
+    assert [label for _, label in listed(tmp_path / "text")] == [1, -1, 0, 1]
     assert [label for _, label in listed(tmp_path / "none")] == [-1] * 4
 
 
@@ -87,7 +88,7 @@ def test_images_as_raw_bytes_and_as_paths(tmp_path):
     assert [source.read(row) for row in source.rows()] == [picture(1), picture(2)]
     (tmp_path / "a.png").write_bytes(picture(3))
     on_disk = table(1, image=[{"bytes": None, "path": str(tmp_path / "a.png")}])
-    source = hf.Table(on_disk, "train", hf.Columns(), "here")
+    source = hf.Table(on_disk, "train", hf.Columns(), "here", saved_here=True)
     (row,) = source.rows()
     assert source.read(row) == picture(3)
     (tmp_path / "a.png").unlink()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import webdataset
 
+from boomgen.errors import UsageError
 from boomgen.sources import open_source
 
 from .source_checks import listed, picture, refused
@@ -122,6 +123,14 @@ def test_a_card_without_names_names_none(tmp_path, text):
 )
 def test_tars_that_are_no_webdataset(tmp_path, members, said):
     assert said in refused(tar(tmp_path / "a.tar", members))
+
+
+def test_labels_at_the_end_of_a_tar_are_seen_before_its_first_row(tmp_path):
+    """All images, then all labels: with a limit nobody would come to the labels."""
+    members = [("a.png", picture(1)), ("b.png", picture(2)), ("a.cls", b"0"), ("b.cls", b"1")]
+    tar(tmp_path / "set.tar", members)
+    with pytest.raises(UsageError, match="the members of sample 'a' are not next to each other"):
+        next(open_source(str(tmp_path / "set.tar")).rows())
 
 
 def test_a_cut_tar_is_named_wherever_it_was_cut(tmp_path):

@@ -18,6 +18,7 @@ KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, str | None, Colu
     ("batches of CIFAR-10 or CIFAR-100", cifar.is_here, lambda place, split, _: cifar.Cifar(place, split)),
     ("image files", folder.is_here, lambda place, split, _: folder.Folder(place, split)),
 )
+TABLES = (hf.open_saved, hf.open_parquet)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -37,8 +38,10 @@ def open_source(
     place, columns = Path(location), Columns(image_column, label_column)
     if not place.exists() and HUB_ID.fullmatch(location):
         return hf.open_hub(location, split, columns, revision)
-    for _, is_here, opened in KINDS:
+    for kind, is_here, opened in KINDS:
         if is_here(place):
+            if any(columns) and opened not in TABLES:
+                raise UsageError(f"{location} holds {kind}, which have no columns; drop --image-column, --label-column")
             return opened(place, split, columns)
     raise UsageError(
         f"{location} {_found(place)}; expected {', '.join(kind for kind, *_ in KINDS)} or a Hub id owner/name"
@@ -46,6 +49,10 @@ def open_source(
 
 
 def _found(place: Path) -> str:
+    if place.name.endswith((".tar.gz", ".tgz")):
+        return "is a compressed tar (gunzip it)"
+    if place.suffix == ".parquet":
+        return "is one Parquet file (give its folder)"
     if not place.is_dir():
         return "is a file of another kind" if place.exists() else "does not exist"
     names = sorted(path.name for path in place.iterdir())

@@ -11,6 +11,7 @@ from boomgen.errors import RowError, UsageError
 from boomgen.sources.base import NO_LABEL, NO_SPLIT, Columns, Row, choose_split
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+WORDS = ("string", "large_string")
 COMMIT = re.compile("[0-9a-f]{40}")
 HUB_TIMEOUT = 10.0  # seconds
 BATCH = 10_000
@@ -44,7 +45,7 @@ class Table:
         revision: str | None = None,
         saved_here: bool = False,
     ) -> None:
-        from datasets import ClassLabel, Image
+        from datasets import ClassLabel, Image, Value
 
         self.split, self.revision, self._where = split, revision, where
         self.passed_over, self._names_files = Counter[str](), saved_here
@@ -52,6 +53,9 @@ class Table:
         self._label = _label_column(data.features, columns.label, where)
         feature = data.features[self._label] if self._label else None
         self.classes = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
+        if isinstance(feature, Value) and feature.dtype in WORDS:
+            self.classes = tuple(sorted(set(data.unique(self._label)) - {None}))
+        self._number = {name: number for number, name in enumerate(self.classes)}
         data = data.with_format(None)
         self._images = data.select_columns([self._image]).cast_column(self._image, Image(decode=False))
         self._labels = data.select_columns([self._label]) if self._label else None
@@ -66,7 +70,8 @@ class Table:
             yield from repeat(NO_LABEL, len(self._images))
             return
         for batch in self._labels.iter(batch_size=BATCH):
-            yield from (NO_LABEL if label is None else int(label) for label in batch[self._label])
+            for label in batch[self._label]:
+                yield self._number[label] if isinstance(label, str) else NO_LABEL if label is None else int(label)
 
     def read(self, row: Row) -> bytes:
         """RowError where the cell is empty."""
@@ -181,13 +186,14 @@ def _label_column(features: Any, asked: str | None, where: str) -> str | None:
     from datasets import ClassLabel, Value
 
     named = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    whole = [name for name, f in features.items() if isinstance(f, Value) and f.dtype.lstrip("u").startswith("int")]
+    plain = {name: f.dtype for name, f in features.items() if isinstance(f, Value)}
+    other = [name for name, kind in plain.items() if kind.lstrip("u").startswith("int") or kind in WORDS]
     if asked is None:
-        return next(iter(named + [name for name in LABEL_NAMES if name in whole]), None)
-    if asked in named + whole:
+        return next(iter(named + [name for name in LABEL_NAMES if name in other]), None)
+    if asked in named + other:
         return asked
     raise UsageError(
-        f"{where}: {asked!r} is not a column of labels; pass --label-column with one of {_named(named + whole)}"
+        f"{where}: {asked!r} is not a column of labels; pass --label-column with one of {_named(named + other)}"
     )
 
 

@@ -61,19 +61,22 @@ class Tars:
         """One row per sample; offset and size are those of the image's bytes in its tar."""
         self.passed_over.clear()
         for tar in self.tars:
-            name, seen = tar.relative_to(self.root).as_posix(), set[str]()
-            for key, members in groupby(_members(tar), lambda member: member.key):
-                if key in seen:
-                    raise UsageError(
-                        f"{tar}: the members of sample {key!r} are not next to each other; expected a WebDataset tar: "
-                        "write it again sorted by name (tar --sort=name)"
-                    )
-                seen.add(key)
-                row = _row(tar, name, key, list(members))
-                if row is not None:
-                    yield row
-                else:
-                    self.passed_over["sample without an image"] += 1
+            yield from list(self._samples(tar))  # all of a tar before its first: members may come again at its end
+
+    def _samples(self, tar: Path) -> Iterator[Row]:
+        name, seen = tar.relative_to(self.root).as_posix(), set[str]()
+        for key, members in groupby(_members(tar), lambda member: member.key):
+            if key in seen:
+                raise UsageError(
+                    f"{tar}: the members of sample {key!r} are not next to each other; expected a WebDataset tar: "
+                    "write it again sorted by name (tar --sort=name)"
+                )
+            seen.add(key)
+            row = _row(tar, name, key, list(members))
+            if row is not None:
+                yield row
+            else:
+                self.passed_over["sample without an image"] += 1
 
     def read(self, row: Row) -> bytes:
         """The image member's bytes."""
