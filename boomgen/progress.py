@@ -14,10 +14,11 @@ LINE_EVERY = 10.0  # seconds
 
 
 class _Count:
-    """Rows made since this launch began. Rates and ETA are of this launch only."""
+    """Rows made since the first worker was ready. Rates and ETA are of this launch only."""
 
     def __init__(self, todo: int) -> None:
-        self.todo, self.failed, self.start = todo, 0, time.monotonic()
+        self.todo, self.failed = todo, 0
+        self.start: float | None = None
         self.made_of: dict[int, int] = {}
 
     @property
@@ -25,6 +26,7 @@ class _Count:
         return sum(self.made_of.values())
 
     def add(self, event: Event) -> None:
+        self.start = self.start or time.monotonic()
         if event.kind == "tick":
             self.made_of[event.shard] = self.made_of.get(event.shard, 0) + event.rows
         elif event.kind == "done":
@@ -34,8 +36,8 @@ class _Count:
             self.made_of.pop(event.shard, None)
 
     def line(self) -> str:
-        elapsed = time.monotonic() - self.start
-        rate = self.made / elapsed
+        elapsed = time.monotonic() - self.start if self.start else 0.0
+        rate = self.made / elapsed if elapsed else 0.0
         left = f"{(self.todo - self.made) / rate:.0f} s left" if rate else "starting"
         return f"{self.made}/{self.todo} images, {rate:.1f} images/s, {left}, {self.failed} failed"
 
