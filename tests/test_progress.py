@@ -14,7 +14,7 @@ from .conftest import PlanTiny
 def test_lines_tell_speed_rest_and_failures(
     plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Twenty seconds of start-up are in no rate; a shard that comes again counts once; a last line says how it ended."""
+    """Twenty seconds of start-up are in no rate; a shard that comes again counts once; the last line tells the end."""
     now = 100.0
     monkeypatch.setattr(progress.time, "monotonic", lambda: now)
 
