@@ -220,7 +220,7 @@ def test_all_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsy
         capsys.readouterr()
         assert main(["status", str(run.path)]) == 0
         lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-        assert lines["shards"] == f"{len(whole)} of 13 whole, missing {missing}"
+        assert lines["shards"] == f"{len(whole)} of 13 whole, missing: number {missing}"
         next_command = tuple(shlex.split(lines["next"]))
         assert next_command == ("boomgen", "resume", str(run.path))
     code, _, err = Driver(run, *next_command).end()
@@ -257,7 +257,7 @@ def test_stopped_while_planning(plan_tiny: PlanTiny, tmp_path: Path) -> None:
     """SIGTERM while the plan is made: exit 75, and no half-made folder with a secret in it stays behind."""
     job, out = plan_tiny(tmp_path / "other").plan.job, tmp_path / "new"
     driver = Driver(RunDir(tmp_path / "other"), "boomgen", *command_line(job, out / "run", verb="anonymize"))
-    driver.wait_for(lambda: any(out.glob(".run.planning-*")))
+    driver.wait_for(lambda: any(out.glob(".run.*.planning-*")))
     driver.process.send_signal(signal.SIGTERM)
     code, _, err = driver.end()
     assert code == 75, err
