@@ -78,11 +78,13 @@ def status(args: argparse.Namespace) -> int:
 
 
 def finalise(args: argparse.Namespace) -> int:
+    from boomgen.drive import only_driver
     from boomgen.finalise import finalise as close
     from boomgen.run import RunDir
 
     run = RunDir(args.run)
-    close(run)
+    with only_driver(run):
+        close(run)
     return _summary(run.path)
 
 

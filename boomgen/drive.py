@@ -1,6 +1,7 @@
 """From a job to a finished data set on one machine: plan, hand out, finalise, tell."""
 
 import fcntl
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ def resume(run: RunDir, launch: Launch) -> Status:
     status = run.status()
     if status.finalised and not status.missing:
         return status
-    with _signals(), _only_driver(run):
+    with _signals(), only_driver(run):
         try:
             if missing := run.missing():
                 _make(run, launch, missing)
@@ -68,9 +69,10 @@ def _closing(events: Iterator[Event]) -> Iterator[Iterator[Event]]:
 
 
 @contextmanager
-def _only_driver(run: RunDir) -> Iterator[None]:
+def only_driver(run: RunDir) -> Iterator[None]:
     """Two drivers would make every shard twice. The lock ends with this process, however it ends."""
-    with (run.path / "plan.json").open("rb+") as plan:
+    path = run.path / "plan.json"
+    with path.open("rb+" if os.access(path, os.W_OK) else "rb") as plan:  # NFS locks only what may be written
         try:
             fcntl.flock(plan, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as err:

@@ -44,5 +44,7 @@ def read_yaml(text: str) -> Any:
             if depth > MAX_DEPTH:
                 raise ValueError("nested too deep")
         return yaml.load(text, Loader=loader)
-    except yaml.YAMLError as err:
-        raise ValueError(" ".join(str(err).split())) from err
+    except ValueError:
+        raise
+    except Exception as err:  # besides YAMLError, whatever the constructors of odd scalars raise
+        raise ValueError(" ".join(str(err).split()) or type(err).__name__) from err

@@ -20,7 +20,7 @@ from boomgen.engines.local import LocalEngine
 from boomgen.errors import RowError, UsageError
 from boomgen.run import RunDir
 from boomgen.sources import open_source
-from boomgen.untrusted import printable
+from boomgen.untrusted import printable, read_yaml
 
 from .conftest import Complaint, PlanTiny
 from .finished import finish, samples
@@ -136,6 +136,14 @@ def test_tags_of_programs_are_refused(complaint: Complaint, tmp_path: Path, mark
     marker.rmdir()
     assert "could not determine a constructor for the tag" in complaint("run", job)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("text", ["!!bool x", "!!timestamp x", "!!int ''", "? [a]\n: b", "\0", "[" * 2000])
+def test_yaml_that_breaks_the_reader_is_a_value_error(text: str) -> None:
+    with pytest.raises(Exception, match="."):
+        yaml.safe_load(text)
+    with pytest.raises(ValueError):
+        read_yaml(text)
 
 
 def test_bombs_of_aliases_are_refused(complaint: Complaint, tmp_path: Path, tiny_model: Path) -> None:

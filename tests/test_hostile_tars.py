@@ -70,6 +70,7 @@ HUGE = b"\x80" + b"\0" * 6 + b"\x10" + b"\0" * 4  # 64 GiB
         (raw_header("a.json", HUGE) + picture(1), "'a.json' has 68719476736 bytes, at most 16777216 are read"),
         (raw_header("x", HUGE, tarfile.GNUTYPE_LONGNAME), "a header that claims 68719476736 bytes"),
         (raw_header("x", HUGE, tarfile.XHDTYPE), "a header that claims 68719476736 bytes"),
+        (raw_header("x", HUGE, tarfile.SOLARIS_XHDTYPE), "a header that claims 68719476736 bytes"),
         (raw_header("a.png", b"0000001000\0", tarfile.GNUTYPE_SPARSE) + bytes(512), "'a.png' is sparse"),
     ],
 )

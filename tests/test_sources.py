@@ -204,6 +204,16 @@ def test_what_is_not_understood(tmp_path):
     assert "does not exist" in refused("cifar11")
 
 
+def test_pipes_and_devices_are_no_images(tmp_path):
+    """Reading one would never end."""
+    tree(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    source = open_source(str(tmp_path))
+    assert [row.key for row in source.rows()] == ["a.png"]
+    assert source.passed_over == {".png": 2}
+
+
 def test_columns_are_for_tables(tmp_path):
     tree(tmp_path, "a.png")
     said = f"{tmp_path} holds image files, which have no columns; drop --image-column, --label-column"

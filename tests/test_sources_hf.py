@@ -71,8 +71,10 @@ def test_labels_fall_back_to_integer_columns_and_then_to_none(tmp_path):
     images.add_column("label", ["dog", None, "cat", "dog"]).save_to_disk(tmp_path / "text")
     images.save_to_disk(tmp_path / "none")
     assert [label for _, label in listed(tmp_path / "whole")] == [5, -1, 7, 8]
-    assert open_source(str(tmp_path / "text")).classes == ("cat", "dog")
-    assert [label for _, label in listed(tmp_path / "text")] == [1, -1, 0, 1]
+    assert [label for _, label in listed(tmp_path / "text")] == [-1] * 4  # words may be names or whole texts
+    words = open_source(str(tmp_path / "text"), label_column="label")
+    assert words.classes == ("cat", "dog")
+    assert [row.label for row in words.rows()] == [1, -1, 0, 1]
     assert [label for _, label in listed(tmp_path / "none")] == [-1] * 4
 
 
@@ -94,6 +96,17 @@ def test_images_as_raw_bytes_and_as_paths(tmp_path):
     (tmp_path / "a.png").unlink()
     with pytest.raises(FileNotFoundError):
         source.read(row)
+
+
+def test_files_that_datasets_unpacked_are_read(tmp_path, cache):
+    """What load_dataset makes of image files: paths, below the folder or below its cache."""
+    import datasets
+
+    (tmp_path / "images" / "cat").mkdir(parents=True)
+    (tmp_path / "images" / "cat" / "a.png").write_bytes(picture(3))
+    data = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "images"), split="train")
+    source = hf.Table(data, "train", hf.Columns(), str(tmp_path / "images"))
+    assert [source.read(row) for row in source.rows()] == [picture(3)]
 
 
 def test_an_empty_cell_is_a_failed_row(tmp_path):

@@ -109,7 +109,9 @@ def _text(name: Any) -> str:
     """A short string; Python 2 wrote them as bytes."""
     if len(name) > MAX_NAME:
         raise ValueError(f"it has a name of {len(name)} letters")
-    return name if isinstance(name, str) else str(name, "utf-8")
+    text = name if isinstance(name, str) else str(name, "utf-8")
+    text.encode()  # UnicodeError, a ValueError, where it holds half a character
+    return text
 
 
 def _batch(content: dict[str, Any], key: str, classes: float) -> tuple[NDArray[np.uint8], list[int]]:

@@ -102,7 +102,8 @@ def _is_folder(entry: Entry) -> bool:
 
 def _is_image(entry: Entry) -> bool:
     stem, dot, extension = entry.name.rpartition(".")
-    return bool(stem and dot) and extension.lower() in EXTENSIONS and stem[0] != "." and not entry.is_dir()
+    named = bool(stem and dot) and extension.lower() in EXTENSIONS and stem[0] != "."
+    return named and (entry.is_file() or not os.path.exists(entry.path))  # a broken link is told of, a pipe passed over
 
 
 def _entries(folder: str | os.PathLike[str]) -> list[Entry]:

@@ -31,7 +31,8 @@ def is_parquet(place: Path) -> bool:
 class Table:
     """One split of a `datasets.Dataset`, with its images left encoded.
 
-    Its cells may name files of this machine only if it was saved here: a stranger's could name private ones.
+    Its cells may name files outside its own folder and the caches only if it was saved with save_to_disk: a
+    stranger's could name private ones.
     """
 
     kind = "huggingface"
@@ -48,7 +49,8 @@ class Table:
         from datasets import ClassLabel, Image, Value
 
         self.split, self.revision, self._where = split, revision, where
-        self.passed_over, self._names_files = Counter[str](), saved_here
+        self.passed_over = Counter[str]()
+        self._roots = [Path("/")] if saved_here else [Path(where).resolve(), *_caches()]
         self._image = _image_column(data.features, columns.image, where)
         self._label = _label_column(data.features, columns.label, where)
         feature = data.features[self._label] if self._label else None
@@ -81,9 +83,21 @@ class Table:
         if cell is None or (cell["bytes"] is None and not cell["path"]):
             raise RowError("undecodable", f"{row.key} has no image in column {self._image!r}")
         data: bytes | None = cell["bytes"]
-        if data is None and not self._names_files:
+        if data is not None:
+            return data
+        path = Path(cell["path"]).resolve()
+        if not any(path.is_relative_to(root) for root in self._roots):
             raise RowError("undecodable", f"{row.key} names a file of this machine, which only a saved data set may")
-        return Path(cell["path"]).read_bytes() if data is None else data
+        return path.read_bytes()
+
+
+def _caches() -> list[Path]:
+    """Where `datasets` unpacks what it fetched."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    places = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, constants.HF_HOME, constants.HF_HUB_CACHE)
+    return [Path(place).resolve() for place in places]
 
 
 def open_saved(place: Path, split: str | None, columns: Columns) -> Table:
@@ -189,7 +203,8 @@ def _label_column(features: Any, asked: str | None, where: str) -> str | None:
     plain = {name: f.dtype for name, f in features.items() if isinstance(f, Value)}
     other = [name for name, kind in plain.items() if kind.lstrip("u").startswith("int") or kind in WORDS]
     if asked is None:
-        return next(iter(named + [name for name in LABEL_NAMES if name in other]), None)
+        whole = [name for name in LABEL_NAMES if name in other and plain[name] not in WORDS]  # words may be anything
+        return next(iter(named + whole), None)
     if asked in named + other:
         return asked
     raise UsageError(

@@ -15,6 +15,10 @@ from boomgen.untrusted import read_json, read_yaml
 EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp", "bmp"))
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key, fields: the key ends at the first dot of the last path part
 MAX_TEXT = 2**24  # bytes of a .cls or .json
+EXTENDED = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 MAX_HEADER = 2**20  # bytes of an extended header
 SPLIT = re.compile(rf"(?:^|[-_.])({'|'.join(SPLITS)})(?=[-_.\d])")
 
@@ -35,8 +39,7 @@ class _Header(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Header":
         header = super().frombuf(buf, encoding, errors)
-        extended = header.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-        if header.size < 0 or (extended and header.size > MAX_HEADER):
+        if header.size < 0 or (header.type in EXTENDED and header.size > MAX_HEADER):
             raise tarfile.ReadError(f"a header that claims {header.size} bytes")
         return header
 
