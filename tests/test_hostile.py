@@ -140,7 +140,7 @@ def test_tags_of_programs_are_refused(complaint: Complaint, tmp_path: Path, mark
 
 @pytest.mark.parametrize("text", ["!!bool x", "!!timestamp x", "!!int ''", "? [a]\n: b", "\0", "[" * 2000])
 def test_yaml_that_breaks_the_reader_is_a_value_error(text: str) -> None:
-    with pytest.raises(Exception, match="."):
+    with pytest.raises(Exception):  # noqa: B017
         yaml.safe_load(text)
     with pytest.raises(ValueError):
         read_yaml(text)
