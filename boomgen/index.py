@@ -95,7 +95,8 @@ class Index:
         self._path = path
         with self._reading():
             self._file = pq.ParquetFile(path)
-        if not self._file.schema_arrow.equals(SCHEMA):
+            same = self._file.schema_arrow.equals(SCHEMA)
+        if not same:
             raise UsageError(f"index {path} has other columns than {', '.join(SCHEMA.names)}; plan again")
         meta = self._file.metadata
         sizes = [meta.row_group(group).num_rows for group in range(meta.num_row_groups)]

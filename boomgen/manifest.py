@@ -97,7 +97,7 @@ def read_part(part: Path, columns: Sequence[str] | None = None) -> pa.Table:
         found = pq.ParquetFile(part).read(columns=columns)
         if odd := [field.name for field in found.schema if field not in list(SCHEMA)]:
             raise pa.ArrowInvalid(f"column {odd[0]!r} is not one of a manifest")
-    except (OSError, pa.ArrowException) as err:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as err:
         line = " ".join(str(err).split())[:200]
         raise BoomgenError(f"{part} is not readable ({line}); see what boomgen verify says of its run") from err
     return found

@@ -36,7 +36,7 @@ class SourcePlan(_Frozen):
     image_column: str | None
     label_column: str | None
     rows: int = Field(ge=1)
-    passed_over: dict[str, int]  # what was met and left out while the rows were listed, by kind
+    passed_over: tuple[tuple[str, int], ...]  # what was met and left out while the rows were listed: kinds and counts
     classes: tuple[str, ...]
     labels: int = Field(ge=0)  # how many labels occur in its rows; 0: it has none
     licence: str
@@ -238,7 +238,7 @@ def source_lines(plan: Plan) -> dict[str, str]:
         lines["labels"] = "dropped"
     else:
         lines["labels"] = f"{source.labels} of {len(source.classes)} classes"
-    kinds = [f"{count:,} {kind}" for kind, count in sorted(source.passed_over.items(), key=lambda kind: -kind[1])]
+    kinds = [f"{count:,} {kind}" for kind, count in sorted(source.passed_over, key=lambda kind: -kind[1])]
     if kinds:
         shown = kinds[:5] + [f"{len(kinds) - 5} more kinds"] * (len(kinds) > 5)
         lines["left out"] = f"{', '.join(shown)} (no images that boomgen reads)"

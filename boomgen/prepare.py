@@ -243,7 +243,7 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         image_column=image_column,
         label_column=label_column,
         rows=rows,
-        passed_over=dict(sorted(source.passed_over.items())),
+        passed_over=tuple(sorted(source.passed_over.items())),
         classes=_class_names(resolved, source.classes, labels),
         labels=len(labels.keys() - {NO_LABEL}),
         licence=preset.licence if preset else "not stated",

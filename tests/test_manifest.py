@@ -271,7 +271,7 @@ def test_a_network_that_gives_only_nan_is_an_error(plan_tiny, tiny_model, tmp_pa
     model = nan_model(tiny_model, tmp_path / "model", slice(None))
     run = make_shards(plan_tiny(tmp_path / "run", model=str(model)))
     assert run.status().failed == {"nan": 100}
-    with pytest.raises(BoomgenError, match=r"^not one of 100 rows is ok; see the reasons with boomgen status \S+$"):
+    with pytest.raises(BoomgenError, match=r"^not one of 100 rows is ok; see why with: boomgen logs \S+ --failed$"):
         finalise(run)
     assert not run.dataset.exists()
     assert cli.main(["finalise", str(run.path)]) == 1
