@@ -215,6 +215,7 @@ def warm_up(command: list[str], root: Path) -> None:
     """Import here, once, what the forks would each import for themselves."""
     from boomgen.worker import Worker
 
+    shutil.rmtree(root / "warm", ignore_errors=True)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         assert cli.main(["plan", *command[1 : command.index("--workers")], "--out", str(root / "warm")]) == 0
         worker = Worker(RunDir(root / "warm"))
