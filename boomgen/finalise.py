@@ -9,7 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import yaml
 
 from boomgen import __version__, catalog, manifest
@@ -46,11 +45,15 @@ def finalise(run: RunDir) -> None:
 
 
 def dataset_files(run: RunDir) -> dict[str, Any]:
-    """The shards that hold rows, their names in the data set, and their row counts."""
-    counts = {number: run.done(number)["ok"] for number in range(run.plan.shards)}
-    held = [number for number, ok in counts.items() if ok]
+    """The shards that hold rows: their names in the data set, their row counts, and what is known of their tars."""
+    records = {number: run.done(number) for number in range(run.plan.shards)}
+    held = [number for number, record in records.items() if record["ok"]]
     names = {number: f"{split_name(run.plan)}-{i:05d}-of-{len(held):05d}.tar" for i, number in enumerate(held)}
-    return {"tars": names, "rows": {number: counts[number] for number in held}}
+    return {
+        "tars": names,
+        "rows": {number: records[number]["ok"] for number in held},
+        "written": [records[number]["files"][TAR] for number in held],
+    }
 
 
 def dataset_links(run: RunDir, files: dict[str, Any]) -> dict[str, Path]:
@@ -123,7 +126,7 @@ def _unlink_part(run: RunDir, number: int) -> None:
     for stray in part.parent.glob(f".{DONE}.*"):  # of a kill
         stray.unlink()
     if part.exists() and sha256_file(part) == known:
-        table = pq.ParquetFile(part).read()
+        table = manifest.read_part(part)
         unlinked = manifest.unlinked(table)
         if table.column_names == unlinked.column_names:
             return
@@ -159,7 +162,7 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
     """The README.md that makes `load_dataset` read the folder right, and tells people what it is."""
     plan = run.plan
     split, rows = split_name(plan), sum(files["rows"].values())
-    held = sum(run.done(number)["files"][TAR]["bytes"] for number in files["tars"])
+    held = sum(tar["bytes"] for tar in files["written"])
     unnamed = "a private data set" if plan.job.mode == "anonymize" else "a local data set"
     origin = plan.source.name if catalog.dataset(plan.source.name) else unnamed
     # The path of a local folder may tell whose data this is.
@@ -172,7 +175,7 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
         "annotations_creators": ["machine-generated"],
         "configs": [{"config_name": "default", "data_files": [{"split": split, "path": f"data/{split}-*.tar"}]}],
         "dataset_info": {
-            "description": f"content {_content(run, files)}",  # `datasets` knows a copy in its cache by the head alone
+            "description": f"content {_content(files)}",  # `datasets` knows a copy in its cache by the head alone
             "features": _features(plan),
             "splits": [{"name": split, "num_bytes": held, "num_examples": rows}],
         },
@@ -190,10 +193,9 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
     )
 
 
-def _content(run: RunDir, files: dict[str, Any]) -> str:
+def _content(files: dict[str, Any]) -> str:
     """A hash of what the tars hold, which tells two data sets apart and nothing else."""
-    tars = [run.done(number)["files"][TAR]["sha256"] for number in files["tars"]]
-    return hashlib.sha256("".join(tars).encode()).hexdigest()[:16]
+    return hashlib.sha256("".join(tar["sha256"] for tar in files["written"]).encode()).hexdigest()[:16]
 
 
 class _OneLine(yaml.SafeDumper):

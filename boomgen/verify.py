@@ -9,8 +9,6 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow.parquet as pq
-
 from boomgen import manifest
 from boomgen.errors import BoomgenError
 from boomgen.finalise import dataset_files, dataset_links
@@ -77,7 +75,7 @@ def _shard(run: RunDir, number: int) -> Iterator[str]:
 def _rows(run: RunDir, number: int) -> Iterator[str]:
     """Rows in the part = rows in the plan; images in the tar = ok rows of the part, byte for byte."""
     part, path = run.shard(number) / PART, run.shard(number) / TAR
-    table = pq.ParquetFile(part).read()
+    table = manifest.read_part(part)
     if table.column("row").to_pylist() != list(run.plan.positions(number)):
         yield f"{part} does not hold the planned rows"
     ok = {row["key"]: row["output_sha256"] for row in table.to_pylist() if row["status"] == manifest.OK}
@@ -135,7 +133,7 @@ def remake(run: RunDir, count: int) -> Iterator[str]:
     chosen = sorted(random.sample(range(run.plan.rows), min(count, run.plan.rows)))
     places = [divmod(row, run.plan.shard_size) for row in chosen]
     for shard, group in itertools.groupby(places, key=lambda place: place[0]):
-        rows = pq.ParquetFile(run.shard(shard) / PART).read().to_pylist()
+        rows = manifest.read_part(run.shard(shard) / PART).to_pylist()
         samples = _samples(run.shard(shard) / TAR)
         offsets = [offset for _, offset in group]
         size = run.plan.network.batch_size

@@ -25,26 +25,31 @@ TINY_ROWS = 100
 SECRET = bytes(range(32))
 
 
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random class-conditional UNet for 8x8 grey images, as diffusers saves it."""
+def save_model(folder: Path, widths: tuple[int, ...], **more: Any) -> None:
+    """A random UNet for 8x8 grey images, as diffusers saves it."""
     import torch
     from diffusers import DDPMScheduler, UNet2DModel
 
-    folder = tmp_path_factory.mktemp("tiny-model")
     torch.manual_seed(0)
     UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(8, 16),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
+        block_out_channels=widths,
+        down_block_types=("DownBlock2D",) * len(widths),
+        up_block_types=("UpBlock2D",) * len(widths),
         norm_num_groups=4,
-        num_class_embeds=11,
+        **more,
     ).save_pretrained(folder / "unet")
     DDPMScheduler(variance_type="fixed_small").save_pretrained(folder / "scheduler")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A class-conditional one."""
+    folder = tmp_path_factory.mktemp("tiny-model")
+    save_model(folder, (8, 16), num_class_embeds=11)
     (folder / "boomgen.yaml").write_text("null_class: 10\nlicence: Apache-2.0\n")
     return folder
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from .conftest import SECRET, Tell
+from .conftest import SECRET, Tell, save_model
 
 SHIM = Path(__file__).parent / "disk" / "faults.c"
 PRIVATE, NONE = [], ["--linkage", "none"]
@@ -28,22 +28,8 @@ def preloaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model, four images and a secret, all as small as can be."""
-    import torch
-    from diffusers import DDPMScheduler, UNet2DModel
-
     root, random = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
-    torch.manual_seed(0)
-    UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-    ).save_pretrained(root / "model" / "unet")
-    DDPMScheduler(variance_type="fixed_small").save_pretrained(root / "model" / "scheduler")
+    save_model(root / "model", (8,))
     for name in ("cat/0", "cat/1", "dog/0", "dog/1"):
         (root / "source" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(root / "source" / f"{name}.png")
