@@ -26,9 +26,10 @@ def example_of(run: RunDir) -> Any:
     """Network inputs of the planned shape."""
     import torch
 
-    from boomgen.models.pixel_unet import example_inputs
+    from boomgen.models.conditions import of_classes
+    from boomgen.models.network import example_inputs
 
-    x, t, label = example_inputs(run.plan.model, run.plan.network.batch_size)
+    x, t, label = example_inputs(run.plan.model, run.plan.network.batch_size, of_classes(run.plan.model, None))
     return torch.randn_like(x), t, label
 
 
@@ -41,12 +42,12 @@ def _bare(path: str, seconds: float) -> Rate:
     """One process that does nothing but call the planned network."""
     import torch
 
-    from boomgen.models.pixel_unet import Network, load_compiled
+    from boomgen.models.network import build, load_compiled
 
     torch.set_num_threads(1)
     run = RunDir(path)
     plan = run.plan.network
-    network = load_compiled(run.package) if plan.package_sha256 else Network(run.plan.model, getattr(torch, plan.dtype))
+    network = load_compiled(run.package) if plan.package_sha256 else build(run.plan.model, getattr(torch, plan.dtype))
     inputs = example_of(run)
     with torch.inference_mode():
         network(*inputs)

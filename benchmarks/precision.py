@@ -14,9 +14,13 @@ from torch import Tensor
 
 from boomgen import catalog, env, images, models
 from boomgen.boomerang import boomerang
-from boomgen.levels import Levels, parse_t_boom, respaced, spaced
+from boomgen.levels import Levels, parse_t_boom
 from boomgen.models import ModelInfo
-from boomgen.models.pixel_unet import Network, NetworkCall, PixelUNet, compile_network, load_compiled, trained_abar
+from boomgen.models.chain import levels as levels_of
+from boomgen.models.conditions import Conditions, of_classes
+from boomgen.models.denoiser import Denoiser
+from boomgen.models.denoiser import Pixels as PixelCoder
+from boomgen.models.network import NetworkCall, build, compile_network, example_inputs, load_compiled
 from boomgen.noise import normal
 from boomgen.sources import open_source
 
@@ -25,11 +29,12 @@ Pixels = NDArray[np.uint8]
 
 
 def network(info: ModelInfo, dtype: str, compiled: bool, batch: int) -> NetworkCall:
+    eager = build(info, getattr(torch, dtype))
     if not compiled:
-        return Network(info, getattr(torch, dtype))
+        return eager
     with tempfile.TemporaryDirectory() as folder:
         package = Path(folder) / "network.pt2"
-        compile_network(info, getattr(torch, dtype), batch, "cpu", package)
+        compile_network(eager, example_inputs(info, batch, of_classes(info, None)), package)
         return load_compiled(package)
 
 
@@ -44,20 +49,20 @@ def sources(count: int, size: int) -> tuple[Pixels, Tensor]:
 
 @torch.inference_mode()
 def sampled(call: NetworkCall, info: ModelInfo, levels: Levels, level: int, pixels: Pixels, labels: Tensor) -> Pixels:
-    unet = PixelUNet(info, levels, call, tuple(range(info.class_count)), "cpu")
+    told = of_classes(info, tuple(range(info.class_count)))
+    unet = Denoiser(info, levels, call, PixelCoder("cpu"), told)
     condition, keys = unet.prepare(labels), [number.to_bytes(16, "little") for number in range(len(pixels))]
-    shape = (info.channels, info.size, info.size)
     x = boomerang(
         unet.encode(torch.from_numpy(pixels)),
         level,
         levels,
         partial(_predict, unet, condition),
-        lambda stream, step: torch.from_numpy(normal(keys, stream, step, shape)),
+        lambda stream, step: torch.from_numpy(normal(keys, stream, step, info.state)),
     )
     return np.asarray(unet.decode(x))
 
 
-def _predict(unet: PixelUNet, condition: Tensor, x: Tensor, k: int) -> Tensor:
+def _predict(unet: Denoiser, condition: Conditions, x: Tensor, k: int) -> Tensor:
     return unet.predict_x0(x, k, condition)
 
 
@@ -71,7 +76,7 @@ def main() -> None:
 
     torch.set_num_threads(env.cores())
     info = models.inspect("fashion-patched-ddpm")
-    levels = respaced(trained_abar(info), spaced(info.trained_steps, args.steps))
+    levels = levels_of(info, args.steps)
     level = levels.level(parse_t_boom(args.t_boom)[0])
     pixels, labels = sources(args.images, info.size)
     exact: Pixels | None = None

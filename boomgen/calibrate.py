@@ -9,11 +9,11 @@ def calibrate(run: RunDir) -> dict[str, str]:
     """Device-hours and bytes of the whole job, from three network calls and one encoded batch on one device."""
     import torch
 
-    from boomgen.models.pixel_unet import example_inputs
+    from boomgen.models.network import example_inputs
     from boomgen.worker import Worker
 
     plan, worker = run.plan, Worker(run)
-    inputs = example_inputs(plan.model, plan.network.batch_size, worker.device)
+    inputs = example_inputs(plan.model, plan.network.batch_size, worker.denoiser.conditions, worker.device)
     with torch.inference_mode():
         worker.denoiser.network(*inputs)
         start = time.perf_counter()

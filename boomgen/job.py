@@ -12,6 +12,7 @@ from boomgen.errors import UsageError
 from boomgen.levels import parse_t_boom
 
 Mode = Literal["anonymize", "augment"]
+SAMPLER_NAMES = ("ancestral", "learned", "dpm++", "predictor-corrector", "renoise", "one-call")
 
 
 def _option(text: str, default: Any = None, **limits: Any) -> Any:
@@ -39,6 +40,12 @@ class Job(_Options):
         "which trained levels make up the chain", "even"
     )
     eta: float = _option("noise of the reverse step: 1 is the paper's, 0 is DDIM", 1.0, ge=0, le=1)
+    sampler: str | None = _option(
+        f"way back from t_boom: {', '.join(SAMPLER_NAMES)} (default: the model's, mostly ancestral)"
+    )
+    prompt: str | None = _option("what a text model is told; {class} stands for the class's name")
+    guidance: float | None = _option("classifier-free guidance, 1 is none (default: the model's)", ge=0, le=100)
+    lora: str | None = _option("LoRA to add to a text model, a .safetensors file")
     variants: int = _option("Boomerang versions of every image (augment)", 1, ge=1)
     noise: Literal["independent", "shared"] = _option("shared gives every image the same noise", "independent")
     seed: int = _option("seed of noise and order (augment; anonymize uses a secret)", 0, ge=0)
@@ -59,6 +66,18 @@ class Job(_Options):
     @classmethod
     def _compile_text(cls, value: Any) -> Any:
         return ("yes" if value else "no") if isinstance(value, bool) else value  # what YAML makes of yes and no
+
+    @field_validator("sampler")
+    @classmethod
+    def _known_sampler(cls, value: str | None) -> str | None:
+        if value in ("pndm", "plms"):
+            raise ValueError(
+                "PNDM assumes that it begins at the first level; begun at t_boom, its state lags a step behind; use "
+                "ancestral or dpm++"
+            )
+        if value not in (None, *SAMPLER_NAMES):
+            raise ValueError(f"expected one of {', '.join(SAMPLER_NAMES)}")
+        return value
 
     @field_validator("t_boom", mode="before")
     @classmethod

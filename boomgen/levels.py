@@ -115,10 +115,11 @@ def respaced(abar: Sequence[float] | Floats, indices: Sequence[int]) -> Levels:
     )
 
 
-def variance_exploding(sigmas: Sequence[float] | Floats) -> Levels:
-    """x_k = x0 + sigma_k eps; `sigmas` ascending, the network is told sigma."""
+def variance_exploding(sigmas: Sequence[float] | Floats, told: Sequence[float] | Floats | None = None) -> Levels:
+    """x_k = x0 + sigma_k eps; `sigmas` ascending, the network is told `told` (default: sigma)."""
     s = np.concatenate([[0.0], np.asarray(sigmas, np.float64)])
-    return Levels(a=np.ones_like(s), s=s, t=s, of_step=tuple(range(len(s))))
+    t = s if told is None else np.concatenate([[0.0], np.asarray(told, np.float64)])
+    return Levels(a=np.ones_like(s), s=s, t=t, of_step=tuple(range(len(s))))
 
 
 def flow(sigmas: Sequence[float] | Floats) -> Levels:

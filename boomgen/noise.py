@@ -21,6 +21,7 @@ class Stream(IntEnum):
 
     FORWARD = 0  # eps of the forward process; its step is 0, so it is the same at every t_boom
     STEP = 1  # z of the reverse step that arrives at level `step`
+    CORRECT = 2  # z of the Langevin step at level `step`
 
 
 def address(key: Key, draw: int, stream: int, step: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

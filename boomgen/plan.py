@@ -61,6 +61,7 @@ class ChainPlan(_Frozen):
     s: tuple[float, ...]
     t: tuple[float, ...]
     of_step: tuple[int, ...]
+    sampler: str
 
     @model_validator(mode="after")
     def _whole(self) -> "ChainPlan":
@@ -83,7 +84,11 @@ class NetworkPlan(_Frozen):
     dtype: str = Field(pattern="^(float32|bfloat16)$")
     package_sha256: str | None  # the ahead-of-time compiled network beside the plan; None: eager
     flops: int = Field(ge=0)  # of one call
+    calls: int = Field(ge=0)  # per batch
     classes: tuple[int, ...] | None  # the model's class of each label; None: run without classes
+    prompts: tuple[str, ...]  # none, for images without a label, then for each label; empty: not a model of prompts
+    conditions_sha256: str | None  # the prompts' embeddings beside the plan
+    guidance: float  # 1: none
 
 
 class PlannedRow(NamedTuple):
@@ -136,7 +141,7 @@ class Plan(_Frozen):
         """Network calls of the whole job."""
         full, rest = divmod(self.rows, self.shard_size)
         batches = full * self.batches_per_shard + math.ceil(rest / self.network.batch_size)
-        return batches * self.chain.level
+        return batches * self.network.calls
 
     def to_bytes(self) -> bytes:
         return sealed(self.model_dump(mode="json"))
@@ -198,8 +203,8 @@ def differing(planned: Job, asked: Job) -> Iterator[str]:
             yield f"{name} {before[name]} (now {now[name]})"
 
 
-def t_boom_of(job: Job) -> tuple[Fraction, int]:
-    """t_boom as a fraction, and the length of the chain.
+def t_boom_of(job: Job) -> tuple[Fraction, int | None]:
+    """t_boom as a fraction, and the length of the chain if the job says it.
 
     Raises:
         UsageError: a level such as 40/100 beside another --steps.
@@ -207,7 +212,7 @@ def t_boom_of(job: Job) -> tuple[Fraction, int]:
     value, fixed = parse_t_boom(str(job.t_boom))
     if fixed is not None and job.steps not in (None, fixed):
         raise UsageError(f"--t-boom {job.t_boom} with --steps {job.steps}; a level names its own steps, drop --steps")
-    return value, fixed or job.steps or 100
+    return value, fixed or job.steps
 
 
 def describe(plan: Plan) -> dict[str, Any]:
@@ -217,14 +222,23 @@ def describe(plan: Plan) -> dict[str, Any]:
         "images": f"{plan.rows:,} ({plan.source.rows:,} sources x {plan.job.variants})",
         **source_lines(plan),
         "shards": f"{plan.shards:,}, of up to {plan.shard_size:,} images",
-        "t_boom": f"level {plan.chain.level}/{levels.count}, abar {levels.abar(plan.chain.level):.4f}",
+        "t_boom": f"level {plan.chain.level}/{levels.count}, abar {levels.abar(plan.chain.level):.4f}, "
+        f"back by {plan.chain.sampler}",
         "model": f"{plan.model.name} ({plan.model.licence})",
         "makes": f"{plan.model.size}x{plan.model.size} {'grey' if plan.model.channels == 1 else 'RGB'}, the model is "
-        f"{'told' if plan.network.classes else 'not told'} the classes",
+        f"{_told(plan)}",
         "network": f"{plan.network.dtype}, batch {plan.network.batch_size}, "
         f"{'compiled' if plan.network.package_sha256 else 'eager'} on {plan.network.device}",
         "calls": f"{plan.calls:,} ({plan.calls * plan.network.flops / 1e12:,.1f} TFLOP)",
     }
+
+
+def _told(plan: Plan) -> str:
+    """What the model is told of an image, for people."""
+    guidance = f", guidance {plan.network.guidance:g}" if plan.network.guidance != 1 else ""
+    if plan.network.prompts:
+        return f"told {plan.network.prompts[-1]!r}{' and the like' * (len(plan.network.prompts) > 3)}{guidance}"
+    return f"told the classes{guidance}" if plan.network.classes else "not told the classes"
 
 
 def source_lines(plan: Plan) -> dict[str, str]:

@@ -10,21 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from boomgen import __version__, catalog, env, index, keys, models
+from boomgen import __version__, catalog, choose, env, index, keys, models
 from boomgen.errors import UsageError
 from boomgen.job import Job, Launch
-from boomgen.levels import respaced, spaced
-from boomgen.models import ModelInfo
-from boomgen.plan import ChainPlan, NetworkPlan, Plan, SourcePlan, differing, t_boom_of
+from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
 from boomgen.sources.base import NO_LABEL
-
-NEARLY_CLEAN = 0.999
-"""abar above which an image comes out as good as unchanged."""
-COMPILE_PAYS_FROM = 60e12
-"""FLOP of a whole job above which compiling pays: about half an hour of one CPU core, against a minute of compiling."""
 
 
 class Resolved(NamedTuple):
@@ -194,13 +187,12 @@ def reopen(out: Path, resolved: Resolved, launch: Launch) -> RunDir:
 
 
 def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -> None:
-    job = resolved.job
+    job, preset = resolved.job, resolved.preset
     secret = _secret(job, launch)
-    model = models.inspect(str(job.model), launch.allow_pickle)
+    model = models.inspect(str(job.model), launch.allow_pickle, job.lora)
     source, labels = _index_source(folder, resolved)
-    rows, chain = source.rows * job.variants, _chain(job, model)
-    classes = _classes(model, source, labels)
-    network = _network(folder, job, model, device, rows, chain.level, classes)
+    rows, chain = source.rows * job.variants, choose.chain(job, model)
+    network = choose.network(folder, job, model, device, rows, chain, source, labels, preset.prompt if preset else None)
     plan = Plan(
         boomgen=__version__,
         job=job.model_copy(update={"split": source.split}),
@@ -208,7 +200,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
         model=model,
         chain=chain,
         network=network,
-        shard_size=job.shard_size or default_shard_size(rows, network.batch_size),
+        shard_size=job.shard_size or choose.shard_size(rows, network.batch_size),
         secret_commitment=keys.commitment(secret),
         environment=env.environment(device),
     )
@@ -268,69 +260,3 @@ def _class_names(resolved: Resolved, found: tuple[str, ...], labels: dict[int, i
         wrong = low if low < NO_LABEL else high
         raise UsageError(f"label {wrong} in {resolved.job.dataset}; expected 0 to {len(names) - 1 if names else 'N'}")
     return names or tuple(str(label) for label in range(high + 1))
-
-
-def _chain(job: Job, model: ModelInfo) -> ChainPlan:
-    from boomgen.models.pixel_unet import trained_abar
-
-    t_boom, steps = t_boom_of(job)
-    levels = respaced(trained_abar(model), spaced(model.trained_steps, steps, job.spacing))
-    abar = levels.abar(levels.level(t_boom))
-    if job.mode == "anonymize" and abar > NEARLY_CLEAN:
-        raise UsageError(
-            f"--t-boom {job.t_boom} is level {levels.level(t_boom)} of {levels.count}, abar {abar:.4f}: nearly the "
-            "originals; use a greater --t-boom, more --steps, or augment"
-        )
-    return ChainPlan(
-        level=levels.level(t_boom),
-        a=tuple(levels.a.tolist()),
-        s=tuple(levels.s.tolist()),
-        t=tuple(levels.t.tolist()),
-        of_step=levels.of_step,
-    )
-
-
-def _classes(model: ModelInfo, source: SourcePlan, labels: dict[int, int]) -> tuple[int, ...] | None:
-    """The model's class of each label; refused where it needs one and there is none."""
-    classes = models.class_map(model, source.classes)
-    if model.class_count and model.null_class is None and (classes is None or NO_LABEL in labels):
-        without = "has images without a label" if classes is not None else "names others"
-        raise UsageError(f"model {model.name} needs a class of its own for every image; {source.name} {without}")
-    return classes
-
-
-def _network(
-    folder: Path,
-    job: Job,
-    model: ModelInfo,
-    device: str,
-    rows: int,
-    level: int,
-    classes: tuple[int, ...] | None,
-) -> NetworkPlan:
-    import torch
-
-    from boomgen.models.pixel_unet import compile_network, flops
-
-    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows))
-    dtype = job.dtype or env.default_dtype(device)
-    cost = flops(model, batch)
-    pays = device == "cpu" and cost / batch * rows * level > COMPILE_PAYS_FROM and shutil.which("g++") is not None
-    package = folder / "network.pt2"
-    if job.compile == "yes" or (job.compile is None and pays):
-        torch.set_num_threads(1)
-        compile_network(model, getattr(torch, dtype), batch, device, package)
-    return NetworkPlan(
-        batch_size=batch,
-        device=device,
-        dtype=dtype,
-        package_sha256=sha256_file(package) if package.exists() else None,
-        flops=cost,
-        classes=classes,
-    )
-
-
-def default_shard_size(rows: int, batch: int) -> int:
-    """About 64 shards of whole batches, at most 10,000 rows each: small enough to redo, few enough to list."""
-    whole = -(-rows // (64 * batch)) * batch
-    return max(batch, min(whole, 10_000 // batch * batch))

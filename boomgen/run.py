@@ -95,6 +95,10 @@ class RunDir:
     def package(self) -> Path:
         return self.path / "network.pt2"
 
+    @property
+    def conditions(self) -> Path:
+        return self.path / "conditions.safetensors"
+
     def shard(self, number: int) -> Path:
         return self.shards / f"{number:05d}"
 

@@ -39,9 +39,10 @@ def _inputs(run: RunDir) -> Iterator[str]:
             check()
         except BoomgenError as err:
             yield str(err)
-    package = run.plan.network.package_sha256
-    if package and (not run.package.exists() or sha256_file(run.package) != package):
-        yield f"{run.package} is not the planned network package"
+    network = run.plan.network
+    for path, planned in ((run.package, network.package_sha256), (run.conditions, network.conditions_sha256)):
+        if planned and (not path.exists() or sha256_file(path) != planned):
+            yield f"{path} is not the planned one"
 
 
 def _secret(run: RunDir) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,10 +17,15 @@ from boomgen import __version__, env, images, manifest, models
 from boomgen.boomerang import boomerang
 from boomgen.errors import BoomgenError, RowError
 from boomgen.images import Box, Pixels
-from boomgen.models.pixel_unet import Network, NetworkCall, PixelUNet, load_compiled
+from boomgen.models import conditions
+from boomgen.models.denoiser import Denoiser
+from boomgen.models.denoiser import Pixels as PixelCoder
+from boomgen.models.latents import Latents
+from boomgen.models.network import NetworkCall, build, load_compiled
 from boomgen.noise import Stream, normal
 from boomgen.plan import PlannedRow, label_of, planned_rows
 from boomgen.run import RunDir
+from boomgen.samplers import SAMPLERS
 from boomgen.shard import ShardWriter, sha256_file
 from boomgen.sources.base import NO_LABEL, RawImage
 
@@ -81,18 +87,29 @@ class Worker:
             )
         self.secret, self.index, self.source = run.secret, run.index, self.plan.source.open()
         self.levels = self.plan.chain.levels
-        classes = self.plan.network.classes
-        self.denoiser = PixelUNet(self.plan.model, self.levels, self._network(), classes, self.device)
+        self.denoiser = self._denoiser()
         self.pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="boomgen")
+
+    def _denoiser(self) -> Denoiser:
+        info, planned = self.plan.model, self.plan.network
+        models.check(info)
+        coder = Latents(info, getattr(torch, planned.dtype), self.device) if info.latent else PixelCoder(self.device)
+        told = tuple(table.to(self.device) for table in self._conditions())
+        return Denoiser(
+            info, self.levels, self._network(), coder, told, 1.0 if info.tells_guidance else planned.guidance
+        )
 
     def _network(self) -> NetworkCall:
         planned, package = self.plan.network, self.run.package
-        models.check(self.plan.model)
         if planned.package_sha256 is None:
-            return Network(self.plan.model, getattr(torch, planned.dtype)).to(self.device)
-        if not package.exists() or sha256_file(package) != planned.package_sha256:
-            raise BoomgenError(f"{package} is missing or not the planned one; restore it, or plan a new run")
-        return load_compiled(package)
+            return build(self.plan.model, getattr(torch, planned.dtype), planned.guidance).to(self.device)
+        return load_compiled(_planned_file(package, planned.package_sha256))
+
+    def _conditions(self) -> conditions.Conditions:
+        planned = self.plan.network
+        if planned.conditions_sha256 is None:
+            return conditions.of_classes(self.plan.model, planned.classes)
+        return conditions.load(_planned_file(self.run.conditions, planned.conditions_sha256))
 
     def make_shard(self, number: int, tick: Tick = lambda rows: None) -> dict[str, Any]:
         """Make and publish one shard; its done record. A failure of the machine raises and leaves nothing behind."""
@@ -188,13 +205,16 @@ class Worker:
         noise_keys = [item.row.noise_key for item in loaded]
         noise_keys += noise_keys[:1] * (size - len(loaded))
         condition = self.denoiser.prepare(labels.to(self.device))
+        sampler = self.plan.chain.sampler
+        predict: Callable[..., Any] = self.denoiser.predict if sampler == "learned" else self.denoiser.predict_x0
         x = boomerang(
             self.denoiser.encode(torch.from_numpy(pixels)),
             self.plan.chain.level,
             self.levels,
-            lambda x, k: self.denoiser.predict_x0(x, k, condition),
-            NoiseAhead(self.pool, noise_keys, (info.channels, info.size, info.size), self.device),
+            lambda x, k: predict(x, k, condition),
+            NoiseAhead(self.pool, noise_keys, info.state, self.device),
             self.plan.job.eta,
+            SAMPLERS[sampler],
         )
         finite = x.isfinite().flatten(1).all(1).cpu()
         return self.denoiser.decode(x.nan_to_num(0.0)), finite
@@ -249,7 +269,7 @@ class Worker:
             "levels": self.levels.count,
             "t": float(self.levels.t[level]),
             "abar": self.levels.abar(level),
-            "sampler": "ancestral",
+            "sampler": plan.chain.sampler,
             "eta": plan.job.eta,
             "noise_key": row.noise_key.hex(),
             "attempt": 0,
@@ -304,6 +324,12 @@ class NoiseAhead:
 
     def _draw(self, stream: Stream, step: int) -> Any:
         return normal(self.noise_keys, stream, step, self.shape)
+
+
+def _planned_file(path: Path, sha256: str) -> Path:
+    if not path.exists() or sha256_file(path) != sha256:
+        raise BoomgenError(f"{path} is missing or not the planned one; restore it, or plan a new run")
+    return path
 
 
 def _as_bytes(raw: RawImage) -> bytes:

@@ -26,8 +26,10 @@ from torch import Tensor, nn
 from boomgen import env, images, manifest, models
 from boomgen.boomerang import boomerang, forward
 from boomgen.job import Job, Launch
-from boomgen.levels import respaced, spaced
-from boomgen.models.pixel_unet import Network, PixelUNet, trained_abar
+from boomgen.models.chain import levels as levels_of
+from boomgen.models.conditions import Conditions, of_classes
+from boomgen.models.denoiser import Denoiser, Pixels
+from boomgen.models.network import build
 from boomgen.noise import normal
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
@@ -239,8 +241,9 @@ def test_the_distance_to_the_source_grows_with_t_boom(classifier: Classifier, te
     """Same 32 images, same noise, ancestral steps; chains of 50 levels."""
     use_all_cores()
     count, info = 32, models.inspect("fashion-patched-ddpm")
-    levels = respaced(trained_abar(info), spaced(info.trained_steps, 50))
-    unet = PixelUNet(info, levels, Network(info, torch.float32), tuple(range(10)), "cpu")
+    levels = levels_of(info, 50)
+    told = of_classes(info, tuple(range(10)))
+    unet = Denoiser(info, levels, build(info, torch.float32), Pixels("cpu"), told)
     pixels, labels = test_split.pixels[:count], test_split.labels[:count]
     condition = unet.prepare(torch.from_numpy(labels))
     x0 = unet.encode(torch.from_numpy(padded(pixels)))
@@ -259,7 +262,7 @@ def test_the_distance_to_the_source_grows_with_t_boom(classifier: Classifier, te
     assert (np.diff(distances) > 0).all()
 
 
-def predict(unet: PixelUNet, condition: Tensor, x: Tensor, k: int) -> Tensor:
+def predict(unet: Denoiser, condition: Conditions, x: Tensor, k: int) -> Tensor:
     return unet.predict_x0(x, k, condition)
 
 

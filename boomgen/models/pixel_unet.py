@@ -1,135 +1,138 @@
-"""Pixel-space UNets of diffusers (DDPM), whole or on patches, with or without classes."""
+"""Pixel-space UNets of diffusers: DDPM (whole or on patches, with or without classes), NCSN++, consistency models."""
 
-import contextlib
-import logging
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
-from boomgen.errors import UsageError
-from boomgen.levels import Levels
-from boomgen.models import WEIGHTS, ModelInfo
+from boomgen.models import ModelInfo
+from boomgen.models.folder import SCHEDULER, Config, Folder
 
-NetworkCall = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x (B, C, H, W) fp32, t (B,) fp32, class (B,) int64) -> prediction (B, C, H, W) fp32."""
-
-
-def trained_abar(info: ModelInfo) -> NDArray[np.float64]:
-    """abar of every trained index, shape (T,), from the betas of the folder's scheduler, in float64."""
-    from diffusers import DDPMScheduler
-
-    folder = info.root / "scheduler" if (info.root / "scheduler").is_dir() else info.root
-    with _loading(info, "scheduler"):
-        abar = np.cumprod(1 - DDPMScheduler.from_pretrained(folder).betas.double().numpy())
-        if not (abar.shape == (info.trained_steps,) and abar[-1] > 0 and (np.diff(abar) < 0).all() and abar[0] < 1):
-            raise ValueError(f"abar does not fall from 1 to 0 in {info.trained_steps} steps")
-    return abar
+KINDS = ("UNet2DModel",)
+SCORE, CONSISTENCY = "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
-@contextlib.contextmanager
-def _loading(info: ModelInfo, part: str) -> Iterator[None]:
-    """diffusers and torch fail with a dozen exception types on a folder whose files do not fit each other."""
-    try:
-        yield
-    except MemoryError:  # another machine may have it
-        raise
-    except Exception as err:
-        if isinstance(err, OSError) and err.errno is not None:  # the disk's; diffusers uses OSError for its own too
-            raise
-        raise UsageError(
-            f"model {info.name}: its {part} does not load ({' '.join(str(err).split())[:200]}); fetch it again"
-        ) from err
+class _UNet(Config):
+    sample_size: int = Field(ge=1, le=2**14)
+    in_channels: int = Field(ge=1)
+    out_channels: int = Field(ge=1)
+    num_class_embeds: int | None = Field(default=None, ge=1)
+    time_embedding_type: str = "positional"
 
 
-class Network(torch.nn.Module):
-    """The UNet with its patching and precision: the one thing that is compiled."""
-
-    def __init__(self, info: ModelInfo, dtype: torch.dtype) -> None:
-        super().__init__()
-        from diffusers import UNet2DModel
-
-        folder = info.root / "unet" if (info.root / "unet").is_dir() else info.root
-        with _loading(info, "network"):
-            unet = UNet2DModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=info.weights == WEIGHTS)
-        self.unet = unet.eval().requires_grad_(False).to(memory_format=torch.channels_last)
-        self.patch, self.conditional, self.dtype = info.patch, info.class_count > 0, dtype
-
-    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
-        x = F.pixel_unshuffle(x, self.patch) if self.patch > 1 else x
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        out = self.unet(x, t, class_labels=label if self.conditional else None, return_dict=False)[0].float()
-        return F.pixel_shuffle(out, self.patch) if self.patch > 1 else out
+class _Scheduler(Config):
+    prediction_type: str = "epsilon"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    thresholding: bool = False
+    num_train_timesteps: int = Field(default=1000, ge=1, le=10**6)
 
 
-def example_inputs(info: ModelInfo, batch: int, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs of the one planned shape."""
-    shape = (batch, info.channels, info.size, info.size)
-    return (
-        torch.zeros(shape, device=device),
-        torch.ones(batch, device=device),
-        torch.zeros(batch, dtype=torch.int64, device=device),
+def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
+    """A UNet2DModel beside a scheduler that tells how it was trained."""
+    unet_file, scheduler_file = folder.part("unet") / "config.json", folder.part("scheduler") / SCHEDULER
+    unet, scheduler = folder.checked(_UNet, unet_file), folder.checked(_Scheduler, scheduler_file)
+    kind, own = str(folder.read(scheduler_file).get("_class_name")), folder.own
+    prediction: Any = {SCORE: "score", CONSISTENCY: "consistency"}.get(kind, scheduler.prediction_type)
+    _check(folder, unet, scheduler, prediction)
+    channels, rest = divmod(unet.in_channels, own.patch**2)
+    if rest or channels not in (1, 3):
+        raise folder.refuse(
+            f"has {unet.in_channels} channels in patches of {own.patch}; expected 1 (grey) or 3 (RGB) for each pixel"
+        )
+    class_count = (unet.num_class_embeds or 0) - (own.null_class is not None)
+    _check_classes(folder, unet, class_count)
+    weights, size = folder.weights("unet"), unet.sample_size * own.patch
+    return ModelInfo(
+        name=folder.name,
+        path=folder.path,
+        sha256=folder.fingerprint([unet_file, *weights, scheduler_file]),
+        pickled=weights[0].suffix == ".bin",
+        variant=folder.variant("unet"),
+        family="pixel-unet",
+        kind="UNet2DModel",
+        size=size,
+        channels=channels,
+        state=(channels, size, size),
+        patch=own.patch,
+        patch_order=own.patch_order,
+        prediction=prediction,
+        variance="none" if unet.out_channels == unet.in_channels else own.variance,
+        clip=prediction == "consistency" or (prediction in PREDICTIONS and scheduler.clip_sample),
+        classes=own.classes,
+        class_count=class_count,
+        null_class=own.null_class,
+        trained_steps=scheduler.num_train_timesteps,
+        sampler="one-call" if prediction == "consistency" else "ancestral",
+        licence=str(own.licence),
+        why=(f"unet/ is a UNet2DModel of {unet.in_channels} channels", f"scheduler/ is a {kind}: {prediction}"),
     )
 
 
-class PixelUNet:
-    """The Denoiser of a pixel-space UNet on given levels."""
-
-    def __init__(
-        self, info: ModelInfo, levels: Levels, network: NetworkCall, classes: tuple[int, ...] | None, device: str
-    ) -> None:
-        self.info, self.levels, self.network, self.device = info, levels, network, device
-        none = info.null_class if info.null_class is not None else 0
-        self.class_of = torch.tensor([*(classes or ()), none], device=device)  # label -1 picks the last entry
-        self.class_blind = classes is None
-
-    def encode(self, images: Tensor) -> Tensor:
-        x = images.to(self.device).permute(0, 3, 1, 2).float()
-        return x.div_(127.5).sub_(1).contiguous()
-
-    def decode(self, state: Tensor) -> Tensor:
-        return ((state.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-
-    def prepare(self, labels: Tensor) -> Tensor:
-        return self.class_of[torch.full_like(labels, -1) if self.class_blind else labels]
-
-    def predict_x0(self, x: Tensor, k: int, condition: Tensor) -> Tensor:
-        a, s = float(self.levels.a[k]), float(self.levels.s[k])
-        t = torch.full((len(x),), float(self.levels.t[k]), device=self.device)
-        out = self.network(x, t, condition)
-        if self.info.prediction == "epsilon":
-            out = (x - s * out) / a
-        elif self.info.prediction == "v_prediction":
-            out = a * x - s * out
-        return out.clamp(-1, 1) if self.info.clip else out
+def _check(folder: Folder, unet: _UNet, scheduler: _Scheduler, prediction: str) -> None:
+    """What would run and give wrong images is refused."""
+    fourier = unet.time_embedding_type == "fourier"
+    if fourier != (prediction == "score"):
+        raise folder.refuse(
+            f"has a {unet.time_embedding_type} time embedding and predicts {prediction}; expected fourier with a "
+            f"{SCORE}, and positional with all others"
+        )
+    if prediction not in (*PREDICTIONS, "score", "consistency"):
+        raise folder.refuse(f"predicts {prediction}; expected {', '.join(PREDICTIONS)}")
+    if scheduler.thresholding or scheduler.clip_sample_range != 1.0:
+        raise folder.refuse("clips by thresholding or to another range than [-1, 1]; expected neither")
+    if unet.out_channels not in (unet.in_channels, 2 * unet.in_channels):
+        raise folder.refuse(
+            f"has {unet.out_channels} output and {unet.in_channels} input channels; expected as many, or twice as many "
+            "with a learned variance"
+        )
 
 
-def compile_network(info: ModelInfo, dtype: torch.dtype, batch: int, device: str, package: Path) -> None:
-    """Compile the network for the one planned batch shape, ahead of time, into a file that loads in milliseconds."""
-    from torch._inductor import aoti_compile_and_package
-
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # no CUDA is no news on a CPU
-    with torch.no_grad():
-        network = Network(info, dtype).to(device)
-        exported = torch.export.export(network, example_inputs(info, batch, device))
-        aoti_compile_and_package(exported, package_path=str(package))
-
-
-def load_compiled(package: Path) -> NetworkCall:
-    """The compiled network; needs no diffusers."""
-    from torch._inductor import aoti_load_package
-
-    return aoti_load_package(str(package))
+def _check_classes(folder: Folder, unet: _UNet, class_count: int) -> None:
+    own = folder.own
+    if own.null_class is not None and own.null_class != class_count:
+        raise folder.refuse(
+            f"says in boomgen.yaml that class {own.null_class} is none, of {unet.num_class_embeds or 0} classes; "
+            "expected the last one"
+        )
+    if own.classes and len(own.classes) != class_count:
+        raise folder.refuse(f"names {len(own.classes)} classes in boomgen.yaml; expected {class_count}")
 
 
-def flops(info: ModelInfo, batch: int) -> int:
-    """Floating-point operations of one network call, counted by running it once for one image."""
-    from torch.utils.flop_counter import FlopCounterMode
+class Network(torch.nn.Module):
+    """(x (B, C, H, W) fp32, t (B,) fp32, class (B,) int64) -> prediction fp32, with its variance behind it if any."""
 
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        Network(info, torch.float32)(*example_inputs(info, 1))
-    return int(counter.get_total_flops()) * batch
+    def __init__(self, info: ModelInfo, unet: torch.nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet = unet.to(memory_format=torch.channels_last)
+        self.patch, self.order, self.dtype = info.patch, info.patch_order, dtype
+        self.conditional = info.class_count > 0
+
+    def forward(self, x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        x = to_patches(x, self.patch, self.order).to(self.dtype, memory_format=torch.channels_last)
+        out = self.unet(x, t, class_labels=label if self.conditional else None, return_dict=False)[0].float()
+        parts = out.split(x.shape[1], dim=1)
+        return torch.cat([from_patches(part, self.patch, self.order) for part in parts], dim=1)
+
+
+def to_patches(x: Tensor, patch: int, order: str) -> Tensor:
+    """(B, C, H, W) to (B, C p p, H / p, W / p), with channels ordered as torch (c p1 p2) or TensorFlow (p1 p2 c)."""
+    if patch == 1:
+        return x
+    if order == "c p1 p2":
+        return F.pixel_unshuffle(x, patch)
+    batch, channels, height, width = x.shape
+    x = F.pixel_unshuffle(x, patch).view(batch, channels, patch**2, height // patch, width // patch)
+    return x.transpose(1, 2).flatten(1, 2)
+
+
+def from_patches(x: Tensor, patch: int, order: str) -> Tensor:
+    """The inverse of `to_patches`."""
+    if patch == 1:
+        return x
+    if order == "p1 p2 c":
+        x = x.reshape(len(x), patch**2, -1, *x.shape[2:]).transpose(1, 2).flatten(1, 2)
+    return F.pixel_shuffle(x, patch)

@@ -1,0 +1,162 @@
+"""What a job's model is run with: levels and sampler, conditions, precision, batch, compiled or not."""
+
+import math
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from boomgen import env, models
+from boomgen.errors import UsageError
+from boomgen.job import Job
+from boomgen.models import ModelInfo
+from boomgen.plan import ChainPlan, NetworkPlan, SourcePlan, t_boom_of
+from boomgen.shard import sha256_file
+from boomgen.sources.base import NO_LABEL
+
+if TYPE_CHECKING:  # only planning needs torch
+    from boomgen.models.conditions import Conditions
+
+NEARLY_CLEAN = 0.999
+"""abar above which an image comes out as good as unchanged."""
+COMPILE_PAYS_FROM = 60e12
+"""FLOP of a whole job above which compiling pays: about half an hour of one CPU core, against a minute of compiling."""
+PROMPT = "a photo of a {class}"
+MOST_ROWS = 10_000
+"""Of a shard, unless the user says otherwise."""
+
+
+def chain(job: Job, model: ModelInfo) -> ChainPlan:
+    """The model's levels, the one of t_boom, and the way back from it."""
+    from boomgen.models.chain import levels
+
+    t_boom, steps = t_boom_of(job)
+    made = levels(model, steps, job.spacing)
+    level = made.level(t_boom)
+    if job.mode == "anonymize" and made.abar(level) > NEARLY_CLEAN:
+        raise UsageError(
+            f"--t-boom {job.t_boom} is level {level} of {made.count}, abar {made.abar(level):.4f}: nearly the "
+            "originals; use a greater --t-boom, more --steps, or augment"
+        )
+    return ChainPlan(
+        level=level,
+        a=tuple(made.a.tolist()),
+        s=tuple(made.s.tolist()),
+        t=tuple(made.t.tolist()),
+        of_step=made.of_step,
+        sampler=_sampler(job, model),
+    )
+
+
+def _sampler(job: Job, model: ModelInfo) -> str:
+    name = job.sampler or model.sampler
+    if name == "learned" and model.variance == "none":
+        raise UsageError(f"--sampler learned with model {model.name}, which tells no variance; use ancestral")
+    if name == "predictor-corrector" and model.prediction != "score":
+        raise UsageError(f"--sampler predictor-corrector with model {model.name}; expected a variance-exploding one")
+    if job.eta != 1 and name != "ancestral":
+        raise UsageError(f"--eta {job.eta:g} with --sampler {name}; only ancestral has an eta")
+    if model.prediction == "consistency" and name not in ("one-call", "renoise"):
+        raise UsageError(f"--sampler {name} with consistency model {model.name}; expected one-call or renoise")
+    return name
+
+
+def network(
+    folder: Path,
+    job: Job,
+    model: ModelInfo,
+    device: str,
+    rows: int,
+    planned: ChainPlan,
+    source: SourcePlan,
+    labels: dict[int, int],
+    prompt: str | None,
+) -> NetworkPlan:
+    """How the network is called. What it is told, and its compiled form, are written beside the plan.
+
+    `prompt`: the data set's own, for models that take one.
+    """
+    import torch
+
+    from boomgen.models import conditions
+    from boomgen.models.network import build, compile_network, example_inputs, flops
+
+    guidance = model.guidance if job.guidance is None else job.guidance
+    conditions.check_guidance(model, guidance)
+    dtype = job.dtype or env.default_dtype(device)
+    classes, prompts = _classes(model, source, labels), _prompts(job, model, source, prompt)
+    tables = conditions.of_classes(model, classes)
+    told = folder / "conditions.safetensors"
+    if model.text:
+        tables = _encoded(model, prompts, dtype, device)
+        conditions.save(tables, told)
+    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows))
+    calls = _calls(planned) * (1 if guidance == 1 or model.tells_guidance else 2)
+    cost = flops(model, tables)
+    pays = device == "cpu" and cost * rows * calls > COMPILE_PAYS_FROM and shutil.which("g++") is not None
+    package = folder / "network.pt2"
+    if job.compile == "yes" or (job.compile is None and pays and not model.latent):
+        torch.set_num_threads(1)
+        eager = build(model, getattr(torch, dtype), guidance).to(device)
+        compile_network(eager, example_inputs(model, batch, tables, device), package)
+    return NetworkPlan(
+        batch_size=batch,
+        device=device,
+        dtype=dtype,
+        package_sha256=sha256_file(package) if package.exists() else None,
+        flops=cost * batch,
+        calls=calls,
+        classes=classes,
+        prompts=prompts,
+        conditions_sha256=sha256_file(told) if told.exists() else None,
+        guidance=guidance,
+    )
+
+
+def _calls(planned: ChainPlan) -> int:
+    """Evaluations of the denoiser per batch."""
+    if planned.sampler == "one-call":
+        return min(1, planned.level)
+    return planned.level * (2 if planned.sampler == "predictor-corrector" else 1)
+
+
+def _classes(model: ModelInfo, source: SourcePlan, labels: dict[int, int]) -> tuple[int, ...] | None:
+    """The model's class of each label; refused where it needs one and there is none."""
+    classes = models.class_map(model, source.classes)
+    if model.class_count and model.null_class is None and (classes is None or NO_LABEL in labels):
+        without = "has images without a label" if classes is not None else "names others"
+        raise UsageError(f"model {model.name} needs a class of its own for every image; {source.name} {without}")
+    return classes
+
+
+def _prompts(job: Job, model: ModelInfo, source: SourcePlan, preset: str | None) -> tuple[str, ...]:
+    """One prompt per condition of a model that takes prompts."""
+    from boomgen.models.conditions import prompts_of
+
+    if not model.text:
+        if job.prompt is not None:
+            raise UsageError(f"--prompt with model {model.name}, which takes none; drop it")
+        return ()
+    telling = source.labels > 0 and job.labels == "keep"
+    template = job.prompt if job.prompt is not None else preset or (PROMPT if telling else None)
+    if template is None:
+        raise UsageError(f"model {model.name} takes a prompt, and {source.name} shows no labels; give one by --prompt")
+    if "{class}" in template and not source.labels:
+        raise UsageError(f"--prompt {template!r} names the class, but {source.name} has no labels; drop {{class}}")
+    return prompts_of(template, source.classes)
+
+
+def _encoded(model: ModelInfo, prompts: tuple[str, ...], dtype: str, device: str) -> "Conditions":
+    """The prompts' embeddings, kept in the network's precision."""
+    import torch
+
+    from boomgen.models.conditions import encode_prompts
+
+    on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
+    kept = getattr(torch, dtype)
+    return tuple(table.to(kept) for table in encode_prompts(model, prompts, torch.float32 if on == "cpu" else kept, on))
+
+
+def shard_size(rows: int, batch: int) -> int:
+    """About 64 shards of whole batches, at most 10,000 rows each: small enough to redo, few enough to list."""
+    whole = math.ceil(rows / (64 * batch)) * batch
+    return max(batch, min(whole, MOST_ROWS // batch * batch))
