@@ -44,6 +44,7 @@ def chain(job: Job, model: ModelInfo) -> ChainPlan:
         t=tuple(made.t.tolist()),
         of_step=made.of_step,
         sampler=_sampler(job, model),
+        snr=model.snr,
     )
 
 

@@ -62,6 +62,7 @@ class ChainPlan(_Frozen):
     t: tuple[float, ...]
     of_step: tuple[int, ...]
     sampler: str
+    snr: float | None  # of the Langevin corrector; None: the model states none
 
     @model_validator(mode="after")
     def _whole(self) -> "ChainPlan":

@@ -5,6 +5,7 @@ A deterministic way back keeps more of the source than Algorithm 1: for Gaussian
 where Algorithm 1's is rho.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ Predict = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 Gradient = Callable[[Tensor, int], Tensor]
 """(x_k, k) -> gradient of log p(class | x_k) with respect to x_k, of the same shape."""
 SNR = 0.16
-"""Signal-to-noise ratio of the Langevin corrector, as DLSM (Chao et al. 2022) has it."""
+"""Signal-to-noise ratio of the Langevin corrector, as DLSM (Chao et al. 2022) has it; other models state their own."""
 
 
 def learned(x: Tensor, k: int, levels: Levels, predict: Predict, noise: Noise, eta: float = 1.0) -> Tensor:
@@ -58,7 +59,7 @@ def dpm(x: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, 
 
 
 def predictor_corrector(
-    x: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, eta: float = 1.0
+    x: Tensor, k: int, levels: Levels, predict_x0: PredictX0, noise: Noise, eta: float = 1.0, snr: float = SNR
 ) -> Tensor:
     """One Langevin step at each level, then one of reverse diffusion (Song et al. 2021, algorithms 2 and 4).
 
@@ -69,7 +70,7 @@ def predictor_corrector(
     for t in range(k, 0, -1):
         z = noise(Stream.CORRECT, t)
         score = (predict_x0(x, t) - x) / float(levels.s[t]) ** 2
-        size = 2 * (SNR * _norm(z) / _norm(score)) ** 2
+        size = 2 * (snr * _norm(z) / _norm(score)) ** 2
         x = x + size * score + (2 * size).sqrt() * z
         gap = float(levels.s[t]) ** 2 - float(levels.s[t - 1]) ** 2
         mean = x + gap * (predict_x0(x, t) - x) / float(levels.s[t]) ** 2
@@ -100,3 +101,10 @@ SAMPLERS: dict[str, Sampler] = {
     "predictor-corrector": predictor_corrector,
 }
 """All but `learned` take a predict_x0; that takes a predict, which tells the variance too."""
+
+
+def sampler_of(name: str, snr: float | None = None) -> Sampler:
+    """The way back that a plan names."""
+    if name == "predictor-corrector" and snr is not None:
+        return functools.partial(predictor_corrector, snr=snr)
+    return SAMPLERS[name]

@@ -25,7 +25,7 @@ from boomgen.models.network import NetworkCall, build, load_compiled
 from boomgen.noise import Stream, normal
 from boomgen.plan import PlannedRow, label_of, planned_rows
 from boomgen.run import RunDir
-from boomgen.samplers import SAMPLERS
+from boomgen.samplers import sampler_of
 from boomgen.shard import ShardWriter, sha256_file
 from boomgen.sources.base import NO_LABEL, RawImage
 
@@ -214,7 +214,7 @@ class Worker:
             lambda x, k: predict(x, k, condition),
             NoiseAhead(self.pool, noise_keys, info.state, self.device),
             self.plan.job.eta,
-            SAMPLERS[sampler],
+            sampler_of(sampler, self.plan.chain.snr),
         )
         finite = x.isfinite().flatten(1).all(1).cpu()
         return self.denoiser.decode(x.nan_to_num(0.0)), finite

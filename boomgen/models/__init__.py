@@ -51,6 +51,8 @@ class ModelInfo(BaseModel):
     known: tuple[int, ...] = ()  # the only trained indices that a distilled network knows; empty: all
     guidance: float = 1.0  # as its diffusers pipeline has it; 1: none
     sampler: str = "ancestral"
+    snr: float | None = None  # of the Langevin corrector, for score models
+    sigma_min: float | None = None  # at which a consistency model returns its input
     lora: str | None = None
     why: tuple[str, ...] = ()  # how it was recognised, for people
 

@@ -113,7 +113,7 @@ class Denoiser:
             case "score":  # of x on [0, 1], whose noise is s / 2
                 return x + s * s / 2 * out
             case "consistency":
-                least = float(self.levels.s[1])
+                least = self.info.sigma_min or 0.0
                 skip = SIGMA_DATA**2 / ((s - least) ** 2 + SIGMA_DATA**2)
                 return skip * x + (s - least) * SIGMA_DATA / math.hypot(s, SIGMA_DATA) * out
             case _:

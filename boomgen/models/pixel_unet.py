@@ -29,6 +29,8 @@ class _Scheduler(Config):
     clip_sample_range: float = 1.0
     thresholding: bool = False
     num_train_timesteps: int = Field(default=1000, ge=1, le=10**6)
+    snr: float | None = None
+    sigma_min: float | None = None
 
 
 def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
@@ -67,6 +69,8 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
         null_class=own.null_class,
         trained_steps=scheduler.num_train_timesteps,
         sampler="one-call" if prediction == "consistency" else "ancestral",
+        snr=scheduler.snr if prediction == "score" else None,
+        sigma_min=(scheduler.sigma_min or 0.002) if prediction == "consistency" else None,
         licence=str(own.licence),
         why=(f"unet/ is a UNet2DModel of {unet.in_channels} channels", f"scheduler/ is a {kind}: {prediction}"),
     )
