@@ -150,7 +150,7 @@ LABELS = npy(np.zeros((2, 1), np.uint8))
             "train labels are uint8 of shape (3, 1); expected whole numbers, (2, 1)",
         ),
         (SOUND, npy(np.zeros((2, 1))), "train labels are float64 of shape (2, 1); expected whole numbers, (2, 1)"),
-        (SOUND, None, "has no train_labels.npy; expected a whole file of MedMNIST: download it again"),
+        (SOUND, None, "(it has no train_labels.npy); expected a whole file of MedMNIST: download it again"),
     ],
 )
 def test_npz_that_is_not_sound(tmp_path, images, numbers, said):
