@@ -115,12 +115,12 @@ def _words(data: Any, column: str, where: str) -> tuple[str, ...]:
     """The different words of a column, sorted; a batch of it is in memory at a time."""
     found = set[str]()
     for batch in data.select_columns([column]).with_format("arrow").iter(batch_size=BATCH):
-        found.update(batch.column(column).unique().to_pylist())
+        found.update(batch.column(column).drop_null().unique().to_pylist())
         if len(found) > MAX_WORDS:
             raise UsageError(
                 f"{where}: column {column!r} holds more than {MAX_WORDS} different words; expected classes"
             )
-    return tuple(sorted(found - {None}))
+    return tuple(sorted(found))
 
 
 def _caches() -> list[Path]:

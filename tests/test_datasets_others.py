@@ -4,20 +4,25 @@ import contextlib
 import io
 import json
 import os
+import tracemalloc
 import zipfile
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from boomgen import catalog
+from boomgen import catalog, index
 from boomgen.errors import UsageError
-from boomgen.sources import open_source
+from boomgen.sources import Row, hf, open_source
 
 from .conftest import Complaint
+from .source_checks import picture
 from .test_datasets import labels, planned, refused
 from .test_sources import idx, tree
 from .test_sources_cifar import CIFAR10, CIFAR100, layout
+from .test_sources_hf import ANSWERS, cache, hub  # noqa: F401, fixtures
 
 
 def test_cifar_and_fashion_mnist_in_one_folder_as_torchvision_keeps_them(tmp_path):
@@ -269,3 +274,86 @@ def test_all_that_is_known_of_a_data_set(tmp_path, capsys):
     assert main(["datasets", "imagenet200"]) == 2
     said = "boomgen: no data set 'imagenet200', did you mean imagenet-200 or imagenet-r-200?; see boomgen datasets\n"
     assert capsys.readouterr().err == said
+
+
+# The Hub
+
+COMMIT = "c0ffee" + "0" * 34
+RAW = {"img": "image", "image": "image", "label": "label", "fine_label": "label", "coarse_label": "label"}
+HUB = [
+    ("cifar10", ("img", "label"), 10, 10),
+    ("cifar100", ("img", "fine_label", "coarse_label"), 100, 100),
+    ("fashion-mnist", ("image", "label"), 10, 10),
+    ("tiny-imagenet", ("image", "label"), 200, 200),
+    ("imagenet", ("image", "label"), 1000, 1000),
+    ("imagenet-200", ("image", "label"), 1000, 200),
+    ("imagenet-r-200", ("image", "label"), 1000, 200),
+]
+
+
+@pytest.mark.usefixtures("hub")
+@pytest.mark.parametrize(("name", "columns", "count", "kept"), HUB)
+def test_data_sets_of_the_hub_by_their_own_columns(tmp_path, monkeypatch, name, columns, count, kept):
+    """A table with the columns that the Hub's has, one row of each class."""
+    import datasets
+
+    numbers = datasets.ClassLabel(names=[f"hub {i}" for i in range(count)])
+    features = datasets.Features({c: datasets.Image() if RAW[c] == "image" else numbers for c in columns})
+    cells = {c: [None] * count if RAW[c] == "image" else range(count) for c in columns}
+    cells |= {"coarse_label": [0] * count} if "coarse_label" in columns else {}
+    cells[columns[0]] = [{"bytes": picture(i % 100), "path": None} for i in range(count)]
+    table = datasets.Dataset.from_dict(cells, features=features)
+    repo = catalog.datasets()[name].hub.id
+    monkeypatch.setitem(ANSWERS, f"/api/datasets/{repo}", (200, "", {"id": repo, "sha": COMMIT}))
+    monkeypatch.setitem(ANSWERS, f"/api/datasets/{repo}/auth-check", (200, "", {}))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, revision: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, split, revision: table)
+    found = planned(tmp_path, name, None)
+    preset = catalog.datasets()[name]
+    assert (found.location, found.revision, found.image_column) == (repo, COMMIT, columns[0])
+    assert (found.label_column, found.classes, found.rows) == (columns[1], preset.classes, kept)
+    rows = list(found.open().rows())
+    assert [row.label for row in rows] == list(range(kept))
+    assert [row.offset for row in rows] == list(preset.imagenet_classes if count == 1000 else range(count))
+
+
+# Memory
+
+
+class MadeUp:
+    """Rows of no files, with names as long as ImageNet's."""
+
+    kind, split, classes = "made-up", "train", ()
+
+    def __init__(self, count: int) -> None:
+        self.count, self.passed_over = count, Counter[str]()
+
+    def rows(self) -> Iterator[Row]:
+        return (Row(f"n{i % 1000:08d}/n{i % 1000:08d}_{i:08d}.JPEG", "", 0, i, i % 1000) for i in range(self.count))
+
+    def read(self, row: Row) -> bytes:
+        raise OSError(row.key)
+
+
+def test_an_index_takes_a_few_bytes_of_memory_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(index, "GROUP_ROWS", 2_000)
+    peaks = []
+    for count in (5_000, 5_000, 25_000):
+        tracemalloc.start()
+        index.build(MadeUp(count), tmp_path / "index")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert (peaks[2] - peaks[1]) / 20_000 < 24
+
+
+def test_a_column_of_free_text_is_no_label(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(hf, "MAX_WORDS", 3)
+    features = datasets.Features(image=datasets.Image(), text=datasets.Value("string"))
+    cells = {"image": [None] * 5, "text": ["a", "b", "c", "c", None]}
+    datasets.Dataset.from_dict(cells, features=features).save_to_disk(tmp_path / "few")
+    assert open_source(str(tmp_path / "few"), label_column="text").classes == ("a", "b", "c")
+    datasets.Dataset.from_dict(cells | {"text": list("abcde")}, features=features).save_to_disk(tmp_path / "many")
+    with pytest.raises(UsageError, match="column 'text' holds more than 3 different words; expected classes"):
+        open_source(str(tmp_path / "many"), label_column="text")
