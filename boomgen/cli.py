@@ -134,8 +134,15 @@ def list_models(args: argparse.Namespace) -> int:
 
 
 def list_datasets(args: argparse.Namespace) -> int:
-    rows = [(d.name, d.model, d.t_boom, d.licence, d.title) for d in catalog.datasets().values()]
-    _say(_columns([("data set", "model", "t_boom", "licence", "what"), *rows]))
+    if args.name is None:
+        rows = [(d.name, d.model, d.t_boom, d.licence, d.title) for d in catalog.datasets().values()]
+        _say(_columns([("data set", "model", "t_boom", "licence", "what"), *rows]))
+    elif found := catalog.dataset(args.name):
+        _say(_table(catalog.described(found)))
+    else:
+        raise UsageError(
+            f"no data set {args.name!r}{catalog.suggest(args.name, catalog.datasets())}; see boomgen datasets"
+        )
     return DONE
 
 
@@ -276,7 +283,8 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]
     add_flags(from_file, Job, Launch)
     on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
-    command("datasets", list_datasets, "data sets that are known by name", "", "| grep imagenet")
+    listing = command("datasets", list_datasets, "data sets that are known by name", "", "imagenet-200")
+    listing.add_argument("name", nargs="?", help="all that is known of this one (a name, or your own YAML file)")
     command("models", list_models, "models that are known by name", "", "| grep ddpm")
     completing = command("completion", completion, "a script that completes commands in your shell", "bash", "zsh")
     completing.add_argument("shell", choices=["bash", "zsh"])

@@ -7,8 +7,9 @@ import contextlib
 import hashlib
 import math
 import os
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -44,10 +45,12 @@ def build(source: Source, path: Path, limit: int | None = None) -> int:
     if limit is not None and limit < 1:
         raise UsageError(f"a limit of {limit} rows, expected at least 1")
     staged = path.with_name(f"{path.name}.part")
+    digests = array("Q")
     try:
-        count = _write(_checked(islice(source.rows(), limit)), staged)
+        count = _write(_checked(islice(source.rows(), limit), digests), staged)
         if count == 0:
             raise UsageError(f"the {source.kind} source, split {source.split!r}, has no images; expected at least one")
+        _require_unique(lambda: islice(source.rows(), limit), digests)
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
@@ -68,24 +71,37 @@ def _write(rows: Iterable[Row], path: Path) -> int:
     return count
 
 
-def _checked(rows: Iterator[Row]) -> Iterator[Row]:
-    """Digests stand for keys: 16 bytes a row, whatever the length of the names."""
-    seen = set[bytes]()
+def _checked(rows: Iterator[Row], digests: "array[int]") -> Iterator[Row]:
+    """Rows that can be written down; the digests of their keys are added to `digests`, 8 bytes a row."""
     for row in rows:
         try:
-            digest = hashlib.blake2b(row.key.encode(), digest_size=16).digest()
+            digests.append(_digest(row.key))
             row.path.encode()
         except UnicodeEncodeError as err:
             raise UsageError(f"the name {row.key!r} is not UTF-8; rename the file") from err
-        if digest in seen:
+        if not NO_LABEL <= row.label <= MAX_LABEL:
+            raise UsageError(f"row {row.key!r} has label {row.label}, expected 0 to {MAX_LABEL} or {NO_LABEL} for none")
+        yield row
+
+
+def _digest(key: str) -> int:
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def _require_unique(rows: Callable[[], Iterator[Row]], digests: "array[int]") -> None:
+    """Refuse a key that appears twice. Equal digests only raise a suspicion: then the keys are read again."""
+    ordered = np.frombuffer(digests, np.uint64)
+    ordered.sort()
+    suspects = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen = set[str]()
+    for row in rows() if suspects else ():
+        if row.key in seen:
             where = f", again in {row.path}" if row.path else ""
             raise UsageError(
                 f"key {row.key!r} appears twice in the source{where}; expected unique keys: rename or remove one"
             )
-        if not NO_LABEL <= row.label <= MAX_LABEL:
-            raise UsageError(f"row {row.key!r} has label {row.label}, expected 0 to {MAX_LABEL} or {NO_LABEL} for none")
-        seen.add(digest)
-        yield row
+        if _digest(row.key) in suspects:
+            seen.add(row.key)
 
 
 class Index:

@@ -17,7 +17,7 @@ from boomgen.levels import Levels, parse_t_boom
 from boomgen.models import ModelInfo
 from boomgen.shard import sealed, unseal
 from boomgen.sources import open_source
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, Row, Source
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Row, Source
 
 SCHEMA_VERSION = 1
 
@@ -35,6 +35,8 @@ class SourcePlan(_Frozen):
     revision: str | None
     image_column: str | None
     label_column: str | None
+    folders: tuple[str, ...] = ()  # the class folders that it has, in label order; empty: all that are there
+    numbers: tuple[int, ...] = ()  # the labels of a table that it has
     rows: int = Field(ge=1)
     passed_over: tuple[tuple[str, int], ...]  # what was met and left out while the rows were listed: kinds and counts
     classes: tuple[str, ...]
@@ -50,6 +52,8 @@ class SourcePlan(_Frozen):
             image_column=self.image_column,
             label_column=self.label_column,
             revision=self.revision,
+            folders=self.folders,
+            numbers=self.numbers,
         )
 
 
@@ -253,10 +257,14 @@ def source_lines(plan: Plan) -> dict[str, str]:
         lines["labels"] = "dropped"
     else:
         lines["labels"] = f"{source.labels} of {len(source.classes)} classes"
-    kinds = [f"{count:,} {kind}" for kind, count in sorted(source.passed_over, key=lambda kind: -kind[1])]
+    met = sorted(source.passed_over, key=lambda kind: -kind[1])
+    left = [f"{count:,} {kind}" for kind, count in met if kind == OTHER_CLASS]
+    kinds = [f"{count:,} {kind}" for kind, count in met if kind != OTHER_CLASS]
     if kinds:
         shown = kinds[:5] + [f"{len(kinds) - 5} more kinds"] * (len(kinds) > 5)
-        lines["left out"] = f"{', '.join(shown)} (no images that boomgen reads)"
+        left.append(f"{', '.join(shown)} (no images that boomgen reads)")
+    if left:
+        lines["left out"] = "; ".join(left)
     return lines
 
 

@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from boomgen import __version__, catalog, choose, env, index, keys, models
 from boomgen.errors import UsageError
@@ -55,7 +55,7 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
     fraction, steps = t_boom_of(job.model_copy(update={"t_boom": t_boom}))
     if fraction == 0 and job.mode == "anonymize":
         raise UsageError("--t-boom 0 with anonymize gives the originals, unchanged; use a greater one, or augment")
-    people = preset or catalog.dataset(Path(job.dataset).name.lower())  # also a folder that is called like one
+    people = preset or catalog.datasets().get(Path(job.dataset).name.lower())  # also a folder that is called like one
     identity = people is not None and people.label_is_identity and job.mode == "anonymize"
     return job.model_copy(
         update={
@@ -76,10 +76,16 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
             raise UsageError(f"--dataset {job.dataset} is a place itself; drop --data-dir {job.data_dir}")
         if not Path(job.data_dir).exists():
             raise UsageError(f"--data-dir {job.data_dir} does not exist; expected the folder of {job.dataset}")
-        return str(Path(job.data_dir).resolve())
+        return _inner(Path(job.data_dir).resolve(), preset)
+    if preset and preset.data_dir:
+        if not Path(preset.data_dir).exists():
+            raise UsageError(f"data set {job.dataset}: data_dir {preset.data_dir} does not exist; expected its folder")
+        return _inner(Path(preset.data_dir).resolve(), preset)
     if preset and preset.builtin:
         return f"builtin:{preset.builtin}"
-    if Path(job.dataset).exists():
+    if job.dataset.endswith(catalog.YAML) and not preset:
+        raise UsageError(f"--dataset {job.dataset} is no file; expected a YAML file that describes a data set")
+    if Path(job.dataset).exists() and not job.dataset.endswith(catalog.YAML):
         return str(Path(job.dataset).resolve())
     if preset and preset.hub:
         return preset.hub.id
@@ -93,9 +99,15 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
     )
 
 
+def _inner(place: Path, preset: catalog.DataSet | None) -> str:
+    """The part of a folder that a data set is read from."""
+    parts = (place / part for part in (preset.inner if preset else ()))
+    return str(next((part for part in parts if part.exists()), place))
+
+
 def default_out(job: Job) -> Path:
     """runs/DATASET-MODE-T_BOOM, below the working folder."""
-    name = Path(job.dataset).name.removesuffix(".tar")
+    name = Path(job.dataset).name.removesuffix(".tar").removesuffix(".yaml").removesuffix(".yml")
     return Path("runs") / f"{name}-{job.mode}-{str(job.t_boom).replace('/', 'of')}"
 
 
@@ -214,16 +226,15 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
 def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[int, int]]:
     """Open the source, write its index, and pin both; also the rows per label."""
     job, preset = resolved.job, resolved.preset
-    hub = preset.hub if preset and preset.hub and preset.hub.id == resolved.location else None
-    image_column = job.image_column or (hub.image_column if hub else None)
-    label_column = job.label_column or (hub.label_column if hub else None)
-    source = open_source(
-        catalog.resolved(resolved.location),
-        job.split,
-        image_column=image_column,
-        label_column=label_column,
-        revision=hub.revision if hub else None,
-    )
+    hub = _hub(resolved)
+    told: dict[str, Any] = {
+        "image_column": job.image_column or (hub.image_column if hub else None),
+        "label_column": job.label_column or (hub.label_column if hub else None),
+        "folders": preset.folders if preset else (),
+        "numbers": preset.imagenet_classes if preset and preset.wordnet else (),
+    }
+    revision = hub.revision if hub else None
+    source = open_source(catalog.resolved(resolved.location), job.split, revision=revision, **told)
     path = folder / "index.parquet"
     rows = index.build(source, path, job.limit)
     labels = index.Index(path).label_counts()
@@ -232,16 +243,21 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         name=job.dataset,
         split=source.split,
         revision=getattr(source, "revision", None),
-        image_column=image_column,
-        label_column=label_column,
         rows=rows,
         passed_over=tuple(sorted(source.passed_over.items())),
         classes=_class_names(resolved, source.classes, labels),
         labels=len(labels.keys() - {NO_LABEL}),
         licence=preset.licence if preset else "not stated",
         index_sha256=sha256_file(path),
+        **told,
     )
     return planned, labels
+
+
+def _hub(resolved: Resolved) -> catalog.Hub | None:
+    """What the preset says of the Hub, where the source lies there."""
+    hub = resolved.preset.hub if resolved.preset else None
+    return hub if hub and hub.id == resolved.location else None
 
 
 def _secret(job: Job, launch: Launch) -> bytes:
@@ -254,7 +270,9 @@ def _secret(job: Job, launch: Launch) -> bytes:
 
 def _class_names(resolved: Resolved, found: tuple[str, ...], labels: dict[int, int]) -> tuple[str, ...]:
     """Names of all labels. Labels below -1, or beyond the names that are known, are refused."""
-    names = found or tuple(resolved.preset.classes if resolved.preset else ())
+    known, folders = (resolved.preset.classes, resolved.preset.folders) if resolved.preset else ((), ())
+    same = found == folders or (_hub(resolved) is not None and len(found) == len(known))
+    names = known if known and (same or not found) else found
     low, high = min(labels), max(labels)
     if low < NO_LABEL or (names and high >= len(names)):
         wrong = low if low < NO_LABEL else high

@@ -11,31 +11,25 @@ from boomgen.catalog import DataSet, dataset, datasets, models, shipped, suggest
 from boomgen.levels import parse_t_boom
 
 NAMES = [
-    "celeba-hq",
-    "cifar10",
-    "cifar100",
-    "fashion-mnist",
-    "fashion-sample",
-    "ffhq",
-    "imagenet",
-    "imagenet-200",
-    "lfw",
-    "tiny-imagenet",
+    *("bloodmnist", "breastmnist", "celeba-hq", "chestmnist", "cifar10", "cifar100", "dermamnist", "fashion-mnist"),
+    *("fashion-sample", "ffhq", "imagenet", "imagenet-200", "imagenet-r-200", "lfw", "octmnist", "organamnist"),
+    *("organcmnist", "organsmnist", "pathmnist", "pneumoniamnist", "retinamnist", "tiny-imagenet", "tissuemnist"),
 ]
 
 
 def test_every_named_data_set_is_there_and_models_are_not_taken_for_one():
     assert list(datasets()) == NAMES
-    assert all((shipped("manifests") / f"{name}.yaml").is_file() for name in NAMES)
     assert dataset("cifar-10") is None
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_defaults_can_be_used(name):
     found = datasets()[name]
-    t_boom, _ = parse_t_boom(found.t_boom)
+    t_boom, _ = parse_t_boom(str(found.t_boom))
     assert Fraction(0) < t_boom < 1
-    assert "/" in found.model or found.model in models()
+    assert found.title
+    assert found.licence != "not stated"
+    assert "/" in str(found.model) or found.model in models()
     assert len(set(found.classes)) == len(found.classes)
     assert found.hub or found.builtin or "--data-dir" in (found.note or "")
     assert found.builtin is None or catalog.asset(found.builtin).is_dir()
@@ -46,8 +40,8 @@ def test_defaults_can_be_used(name):
     [
         ("fashion-sample", "fashion-patched-ddpm", "0.4", None),
         ("fashion-mnist", "fashion-patched-ddpm", "0.4", "zalando-datasets/fashion_mnist"),
-        ("cifar10", "google/ddpm-cifar10-32", "0.4", "uoft-cs/cifar10"),
-        ("imagenet", "facebook/DiT-XL-2-256", "0.3", "ILSVRC/imagenet-1k"),
+        ("cifar10", "google/ddpm-cifar10-32", "40/100", "uoft-cs/cifar10"),
+        ("imagenet", "facebook/DiT-XL-2-256", "75/250", "ILSVRC/imagenet-1k"),
     ],
 )
 def test_what_a_name_means(name, model, t_boom, hub):
@@ -59,13 +53,24 @@ def test_labels_that_are_people_are_marked():
     assert {name for name, found in datasets().items() if found.label_is_identity} == {"lfw", "celeba-hq"}
 
 
-@pytest.mark.parametrize("name", ["imagenet-200", "tiny-imagenet"])
-def test_the_200_classes_and_their_place_among_the_1000(name):
-    synsets = pytest.importorskip("timm.data").ImageNetInfo("imagenet-1k").label_names()
-    found = datasets()[name]
-    assert len(found.classes) == len(set(found.classes)) == 200
-    assert list(found.classes) == sorted(found.classes)
-    assert [synsets[i] for i in found.imagenet_classes] == list(found.classes)
+@pytest.mark.parametrize(
+    ("name", "count"), [("imagenet", 1000), ("imagenet-200", 200), ("tiny-imagenet", 200), ("imagenet-r-200", 200)]
+)
+def test_the_classes_of_imagenet_and_their_place_among_the_1000(name, count):
+    timm = pytest.importorskip("timm.data")
+    info, found = timm.ImageNetInfo("imagenet-1k"), datasets()[name]
+    assert len(found.folders) == len(set(found.classes)) == count
+    assert list(found.folders) == sorted(found.folders)
+    assert [info.index_to_label_name(i) for i in found.imagenet_classes] == list(found.folders)
+    names = [info.label_name_to_description(wnid, detailed=False).split(", ")[0] for wnid in found.folders]
+    assert [name.partition(" (n")[0] for name in found.classes] == names
+
+
+def test_the_two_meanings_of_imagenet_200_and_names_that_are_doubled():
+    assert datasets()["tiny-imagenet"].folders == datasets()["imagenet-200"].folders
+    assert len({*datasets()["imagenet-200"].folders} & {*datasets()["imagenet-r-200"].folders}) == 62
+    doubled = [name for name in datasets()["imagenet"].classes if " (n" in name]
+    assert doubled == ["crane (n02012849)", "crane (n03126707)", "maillot (n03710637)", "maillot (n03710721)"]
 
 
 def test_presets_are_frozen_and_take_no_unknown_field():

@@ -160,6 +160,14 @@ def test_folders_named_as_splits_are_splits(tmp_path):
     assert "no split was asked for and none is called 'train'; pass --split with one of test, val" in refused(tmp_path)
 
 
+def test_folders_in_folders_are_walked_at_any_depth(tmp_path):
+    place = tree(tmp_path, "e/b.png")
+    for _ in range(600):
+        (place := place / "d").mkdir()
+    tree(place, "a.png")
+    assert [label for _, label in listed(tmp_path)] == [0, 1]
+
+
 def test_a_class_may_be_called_train_or_data(tmp_path):
     tree(tmp_path, "train/a.png", "airplane/b.png", "data/c.png")
     assert listed(tmp_path) == [("airplane/b.png", 0), ("data/c.png", 1), ("train/a.png", 2)]
@@ -193,8 +201,9 @@ def test_what_is_not_understood(tmp_path):
     for name in "abcd":
         (tmp_path / "texts" / f"{name}.txt").write_text(name)
     expected = (
-        "expected IDX files, a data set written by save_to_disk, WebDataset tars, Parquet files with images, "
-        "batches of CIFAR-10 or CIFAR-100, image files or a Hub id owner/name"
+        "expected IDX files, an npz of MedMNIST, a data set written by save_to_disk, ImageNet with lists of classes, "
+        "WebDataset tars, Parquet files with images, batches of CIFAR-10 or CIFAR-100, image files or a Hub id "
+        "owner/name"
     )
     assert refused(tmp_path / "empty") == f"{tmp_path}/empty is an empty folder; {expected}"
     assert refused(tmp_path / "texts") == f"{tmp_path}/texts holds a.txt, b.txt, c.txt ...; {expected}"

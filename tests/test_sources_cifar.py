@@ -82,6 +82,30 @@ def test_cifar_equals_a_plain_read_of_the_files(tmp_path, data_set):
 
 
 @both
+def test_the_binary_version_reads_the_same(tmp_path, data_set):
+    label_key, *_, counts = data_set
+    old = layout(tmp_path / "old", data_set)
+    new = tmp_path / ("cifar-10-batches-bin" if data_set is CIFAR10 else "cifar-100-binary")
+    new.mkdir()
+    for name in counts:
+        content = pickle.loads((old / name).read_bytes(), encoding="latin-1")
+        before = np.array([[9, n][-1 if data_set is CIFAR10 else 0 :] for n in content[label_key]], np.uint8)
+        np.hstack([before, content["data"]]).tofile(new / f"{name}.bin")
+    classes = open_source(str(old)).classes
+    (new / ("batches.meta.txt" if data_set is CIFAR10 else "fine_label_names.txt")).write_text(
+        "\n".join(classes) + "\n\n"
+    )
+    for split in ("train", "test"):
+        (rows, images), (again, same) = read(old, split), read(new, split)
+        assert [row._replace(path="") for row in rows] == [row._replace(path="") for row in again]
+        assert np.array_equal(images, same)
+    assert open_source(str(tmp_path / new.name)).classes == open_source(str(new)).classes == classes
+    with next(new.glob("test*.bin")).open("r+b") as file:
+        file.write(b"\xc8" * 2)
+    assert "is not a CIFAR file (its labels are not all whole numbers in 0" in refused(new, "test")
+
+
+@both
 @pytest.mark.parametrize("key", [str, str.encode])
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_cifar_saved_again_by_python_3_reads_the_same(tmp_path, data_set, protocol, key):
@@ -98,9 +122,12 @@ def test_cifar_splits_are_those_that_are_whole(tmp_path):
     assert read(tmp_path, "test")[0] == read(place, "test")[0]
     assert "no split 'val'; pass --split with one of test, train" in refused(tmp_path, "val")
     (place / "data_batch_4").unlink()
-    assert "no split 'train'; pass --split with one of test" in refused(tmp_path, "train")
+    (place / "data_batch_2").unlink()
+    said = f"{place} has no data_batch_2, data_batch_4: it is not whole; unpack it again"
+    assert refused(tmp_path, "train") == said
+    assert refused(tmp_path) == f"{said}, or pass --split with one of test"
     (place / "batches.meta").unlink()
-    source = open_source(str(tmp_path))
+    source = open_source(str(tmp_path), "test")
     assert (source.split, source.classes) == ("test", ())
     layout(tmp_path / "cifar-100-python", CIFAR100)
     assert "holds cifar-10-batches-py, cifar-100-python; expected" in refused(tmp_path)

@@ -5,20 +5,34 @@ from collections.abc import Callable
 from pathlib import Path
 
 from boomgen.errors import UsageError
-from boomgen.sources import cifar, folder, hf, idx, wds
+from boomgen.sources import cifar, folder, hf, idx, imagenet, npz, wds
 from boomgen.sources.base import NO_LABEL, Columns, RawImage, Row, Source
 
 __all__ = ["NO_LABEL", "RawImage", "Row", "Source", "open_source"]
 
-KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, str | None, Columns], Source]], ...] = (
-    ("IDX files", idx.is_here, lambda place, split, _: idx.Idx(place, split)),
-    ("a data set written by save_to_disk", hf.is_saved, hf.open_saved),
-    ("WebDataset tars", wds.is_here, lambda place, split, _: wds.Tars(place, split)),
-    ("Parquet files with images", hf.is_parquet, hf.open_parquet),
-    ("batches of CIFAR-10 or CIFAR-100", cifar.is_here, lambda place, split, _: cifar.Cifar(place, split)),
-    ("image files", folder.is_here, lambda place, split, _: folder.Folder(place, split)),
+Opener = Callable[[Path, str | None, Columns, tuple[str, ...]], Source]
+KINDS: tuple[tuple[str, Callable[[Path], bool], Opener], ...] = (
+    ("IDX files", idx.is_here, lambda place, split, *_: idx.Idx(place, split)),
+    ("an npz of MedMNIST", npz.is_here, lambda place, split, *_: npz.Npz(place, split)),
+    (
+        "a data set written by save_to_disk",
+        hf.is_saved,
+        lambda place, split, columns, _: hf.open_saved(place, split, columns),
+    ),
+    (
+        "ImageNet with lists of classes",
+        imagenet.is_here,
+        lambda place, split, _, wanted: imagenet.open_listed(place, split, wanted),
+    ),
+    ("WebDataset tars", wds.is_here, lambda place, split, *_: wds.Tars(place, split)),
+    (
+        "Parquet files with images",
+        hf.is_parquet,
+        lambda place, split, columns, _: hf.open_parquet(place, split, columns),
+    ),
+    ("batches of CIFAR-10 or CIFAR-100", cifar.is_here, lambda place, split, *_: cifar.Cifar(place, split)),
+    ("image files", folder.is_here, lambda place, split, _, wanted: folder.Folder(place, split, wanted)),
 )
-TABLES = (hf.open_saved, hf.open_parquet)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -29,20 +43,25 @@ def open_source(
     image_column: str | None = None,
     label_column: str | None = None,
     revision: str | None = None,
+    folders: tuple[str, ...] = (),
+    numbers: tuple[int, ...] = (),
 ) -> Source:
     """The source at a local path, or with an id on the Hugging Face Hub.
 
     split None means 'train' if there is one, else the only one there is; `Source.split` says which. Columns matter to
-    tables only, `revision` to the Hub only. UsageError where nothing known lies there or it is not whole.
+    tables only, `revision` to the Hub only. `folders` are the class folders that the data set has, in label order, and
+    `numbers` the labels in a table that it has; images of others are passed over. UsageError where nothing known lies
+    there or it is not whole.
     """
-    place, columns = Path(location), Columns(image_column, label_column)
+    place, columns = Path(location), Columns(image_column, label_column, numbers)
     if not place.exists() and HUB_ID.fullmatch(location):
         return hf.open_hub(location, split, columns, revision)
     for kind, is_here, opened in KINDS:
         if is_here(place):
-            if any(columns) and opened not in TABLES:
+            source = opened(place, split, columns, folders)
+            if (image_column or label_column) and not isinstance(source, hf.Table):
                 raise UsageError(f"{location} holds {kind}, which have no columns; drop --image-column, --label-column")
-            return opened(place, split, columns)
+            return source
     raise UsageError(
         f"{location} {_found(place)}; expected {', '.join(kind for kind, *_ in KINDS)} or a Hub id owner/name"
     )

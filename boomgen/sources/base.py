@@ -11,6 +11,7 @@ from boomgen.errors import UsageError
 
 NO_LABEL = -1
 NO_SPLIT = "data"  # the split's name where a source is not divided into splits
+OTHER_CLASS = "images of other classes"  # what is passed over where only some classes are wanted
 SPLITS = ("train", "val", "valid", "validation", "test")  # folder and file names that mean a split, not a class
 
 RawImage = bytes | NDArray[np.uint8]
@@ -43,10 +44,13 @@ class Source(Protocol):
 
 
 class Columns(NamedTuple):
-    """Which columns of a table hold image and label; None means the first that fits."""
+    """Which columns of a table hold image and label (None means the first that fits), and which labels count."""
 
     image: str | None = None
     label: str | None = None
+    numbers: tuple[
+        int, ...
+    ] = ()  # the labels that become 0, 1, ...; rows of others are left out. Empty: all, as they are
 
 
 def choose_split(found: Sequence[str], asked: str | None, where: str) -> str:

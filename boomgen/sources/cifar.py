@@ -1,4 +1,5 @@
-"""CIFAR-10 and CIFAR-100 as published for Python: pickles, read here by a reader that has no way to call anything."""
+"""CIFAR-10 and CIFAR-100: the binary version, and the one for Python, pickles, read here by a reader that has no way
+to call anything."""
 
 import pickle
 import pickletools
@@ -8,7 +9,7 @@ from functools import cache
 from itertools import islice
 from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,9 +18,28 @@ from boomgen.errors import UsageError
 from boomgen.sources.base import Row, choose_split
 
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
-LAYOUTS = (  # the folder, the files of its splits, the file of the class names, and how the keys in them begin
-    ("cifar-10-batches-py", {"test": ["test_batch"], "train": BATCHES}, "batches.meta", ""),
-    ("cifar-100-python", {"test": ["test"], "train": ["train"]}, "meta", "fine_"),
+
+
+class Layout(NamedTuple):
+    """How one data set is published."""
+
+    folder: str
+    splits: dict[str, list[str]]  # the files of each
+    meta: str  # file of the class names
+    prefix: str = ""  # how the keys in pickles begin
+    labels: int = 0  # label bytes before each image of the binary version, of which the last counts; 0: pickles
+
+
+LAYOUTS = (
+    Layout("cifar-10-batches-py", {"test": ["test_batch"], "train": BATCHES}, "batches.meta"),
+    Layout("cifar-100-python", {"test": ["test"], "train": ["train"]}, "meta", "fine_"),
+    Layout(
+        "cifar-10-batches-bin",
+        {"test": ["test_batch.bin"], "train": [f"{name}.bin" for name in BATCHES]},
+        "batches.meta.txt",
+        labels=1,
+    ),
+    Layout("cifar-100-binary", {"test": ["test.bin"], "train": ["train.bin"]}, "fine_label_names.txt", labels=2),
 )
 SIZE = 3 * 32 * 32
 MAX_BYTES, MAX_STEPS, MAX_NAME = 1 << 30, 2_000_000, 200  # a step can be one byte long, and what it makes 60
@@ -48,15 +68,16 @@ class Cifar:
 
     def __init__(self, place: Path, split: str | None) -> None:
         self.passed_over = Counter[str]()
-        [(root, splits, meta, prefix)] = _found(place)
+        [(root, layout)] = _found(place)
+        splits = _whole(root, layout)
+        missing = [name for name in layout.splits.get(split or "train", ()) if not (root / name).is_file()]
+        if missing:
+            rest = f", or pass --split with one of {', '.join(splits)}" if split is None else ""
+            raise UsageError(f"{root} has no {', '.join(missing)}: it is not whole; unpack it again{rest}")
         self.split = choose_split(list(splits), split, str(root))
-        self.classes: tuple[str, ...] = ()
-        if (root / meta).is_file():
-            self.classes = _load(root / meta, lambda content: tuple(map(_text, content[f"{prefix}label_names"])))
+        self.classes = _names(root / layout.meta, layout) if (root / layout.meta).is_file() else ()
         self._root, self._files, classes = root, splits[self.split], len(self.classes) or inf
-        self._batch = cache(
-            lambda name: _load(root / name, lambda content: _batch(content, f"{prefix}labels", classes))
-        )
+        self._batch = cache(lambda name: _read(root / name, layout, classes))
 
     def rows(self) -> Iterator[Row]:
         """The offset is the row number in the file."""
@@ -73,29 +94,53 @@ class Cifar:
             raise OSError(f"{self._root / row.path} is not what it was when the rows were listed: {err}") from err
 
 
-def _found(place: Path) -> list[tuple[Path, dict[str, list[str]], str, str]]:
-    """The data sets here with their whole splits. `train` may be anyone's file, so its first byte has a say."""
-    found = []
-    for folder, splits, meta, prefix in LAYOUTS:
-        for root in (place, place / folder):
-            whole = {split: names for split, names in splits.items() if all((root / name).is_file() for name in names)}
-            if any(_is_pickle(root / names[0]) for names in whole.values()):
-                found.append((root, whole, meta, prefix))
-    return found
+def _found(place: Path) -> list[tuple[Path, Layout]]:
+    """The data sets here of which a split is whole."""
+    roots = ((root, layout) for layout in LAYOUTS for root in (place, place / layout.folder))
+    return [
+        (root, layout)
+        for root, layout in roots
+        if any(_may_be(root / names[0], layout) for names in _whole(root, layout).values())
+    ]
 
 
-def _is_pickle(path: Path) -> bool:
+def _whole(root: Path, layout: Layout) -> dict[str, list[str]]:
+    return {split: names for split, names in layout.splits.items() if all((root / name).is_file() for name in names)}
+
+
+def _may_be(path: Path, layout: Layout) -> bool:
+    """`train` may be anyone's file, so its first byte, or its length, has a say."""
+    if layout.labels:
+        return path.stat().st_size % (layout.labels + SIZE) == 0
     with path.open("rb") as file:
         return file.read(1) == pickle.PROTO
 
 
-def _load(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
-    """What `parse` makes of the dict in a file."""
+def _names(path: Path, layout: Layout) -> tuple[str, ...]:
+    if layout.labels:
+        return tuple(_load(path, lambda data: tuple(_text(line) for line in data.splitlines() if line)))
+    return tuple(_load(path, lambda data: tuple(map(_text, _dict(data)[f"{layout.prefix}label_names"]))))
+
+
+def _read(path: Path, layout: Layout, classes: float) -> tuple[NDArray[np.uint8], list[int]]:
+    """Pixels (N, 32, 32, 3) and N labels of one file."""
+    found: tuple[NDArray[np.uint8], list[int]] = _load(
+        path,
+        lambda data: (
+            _binary(data, layout.labels, classes)
+            if layout.labels
+            else _batch(_dict(data), f"{layout.prefix}labels", classes)
+        ),
+    )
+    return found
+
+
+def _load(path: Path, parse: Callable[[bytes], Any]) -> Any:
+    """What `parse` makes of the bytes of a file."""
     try:
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        items = _unpickle(path.read_bytes())
-        return parse({_text(key): value for key, value in zip(items[::2], items[1::2], strict=True)})
+        return parse(path.read_bytes())
     except (OSError, ValueError) as err:
         why = str(err)[:200]
     except KeyError as err:
@@ -103,6 +148,30 @@ def _load(path: Path, parse: Callable[[dict[str, Any]], Any]) -> Any:
     except (IndexError, TypeError, AttributeError):
         why = "its parts do not fit together"
     raise UsageError(f"{path} is not a CIFAR file ({why}); expected what its authors publish: download it again")
+
+
+def _dict(pickled: bytes) -> dict[str, Any]:
+    items = _unpickle(pickled)
+    return {_text(key): value for key, value in zip(items[::2], items[1::2], strict=True)}
+
+
+def _binary(data: bytes, count: int, classes: float) -> tuple[NDArray[np.uint8], list[int]]:
+    """Pixels and labels of records of `count` label bytes and an image."""
+    if not data or len(data) % (count + SIZE):
+        raise ValueError(f"it has {len(data)} bytes, not a multiple of {count + SIZE}")
+    records = np.frombuffer(data, np.uint8).reshape(-1, count + SIZE)
+    labels = records[:, count - 1].tolist()
+    return _pixels(records[:, count:]), _checked(labels, "labels", classes)
+
+
+def _pixels(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+
+def _checked(labels: list[int], key: str, classes: float) -> list[int]:
+    if any(type(label) is not int or not 0 <= label < classes for label in labels):
+        raise ValueError(f"its {key} are not all whole numbers in 0 <= n < {classes}")
+    return labels
 
 
 def _text(name: Any) -> str:
@@ -116,14 +185,12 @@ def _text(name: Any) -> str:
 
 def _batch(content: dict[str, Any], key: str, classes: float) -> tuple[NDArray[np.uint8], list[int]]:
     """Pixels (N, 32, 32, 3) and N labels."""
-    labels: list[int] = content[key]
-    if any(type(label) is not int or not 0 <= label < classes for label in labels):
-        raise ValueError(f"its {key} are not all whole numbers in 0 <= n < {classes}")
+    labels = _checked(content[key], key, classes)
     match content["data"]:
         case [_, (_, shape, [("u1" | b"u1", *_), _], False, data)] | [(data, [("u1", *_), _], shape, "C"), _]:
             data = data.encode("latin-1") if isinstance(data, str) else data
             if shape == (len(labels), SIZE) and len(data) == len(labels) * SIZE:
-                return np.frombuffer(data, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), labels
+                return _pixels(np.frombuffer(data, np.uint8)), labels
     raise ValueError(f"its data are not {len(labels)} x {SIZE} unsigned bytes in C order, a row for each label")
 
 

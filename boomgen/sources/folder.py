@@ -1,14 +1,16 @@
 """A folder of image files: one sub-folder per class, or a flat folder without labels."""
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from boomgen.errors import UsageError
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, SPLITS, Row, choose_split
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, SPLITS, Row, choose_split
 
 EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"))
+THOUSAND = re.compile(r"\d\d000")
 Entry = os.DirEntry[str]
 
 
@@ -18,41 +20,61 @@ def is_here(place: Path) -> bool:
 
 
 class Folder:
-    """Rows in the order of a sorted walk. Hidden names are skipped, and linked folders are not followed."""
+    """Rows in the order of a sorted walk. Hidden names are skipped, and linked folders are not followed.
+
+    `wanted` names the class folders in label order; images in others are passed over. Empty: all that are there.
+    """
 
     kind = "folder"
 
-    def __init__(self, root: Path, split: str | None) -> None:
+    def __init__(self, root: Path, split: str | None, wanted: tuple[str, ...] = ()) -> None:
         self.passed_over = Counter[str]()
         self.root, self.split = _choose(root, split)
-        self.classes = _classes(self.root)
+        found = _classes(self.root)
+        if wanted and set(wanted).isdisjoint(found):
+            held = f"the folders {', '.join(found[:3])}" if found else "no class folders"
+            raise UsageError(f"{self.root} holds {held}; expected some of {', '.join(wanted[:3])} ...: is it another?")
+        self.classes = wanted or found
 
     def rows(self) -> Iterator[Row]:
         """Key and path are the file's path below the root; the label is the place of its top folder in `classes`."""
         self.passed_over.clear()
         if not self.classes:
-            yield from self._walk(self.root, NO_LABEL)
-        for entry in _entries(self.root) if self.classes else ():
-            self._pass_over(entry)
-        for label, name in enumerate(self.classes):
-            yield from self._walk(self.root / name, label)
-
-    def _walk(self, folder: Path, label: int) -> Iterator[Row]:
-        for entry in self._images(folder):
-            key = Path(entry.path).relative_to(self.root).as_posix()
-            try:
-                yield Row(key, key, 0, entry.stat().st_size, label)
-            except OSError as err:
-                raise UsageError(f"{entry.path}: {err.strerror}; expected an image file: mend or remove it") from err
-
-    def _images(self, folder: str | os.PathLike[str]) -> Iterator[Entry]:
-        for entry in _entries(folder):
-            if _is_image(entry):
-                yield entry
+            yield from self._rows(self.root, NO_LABEL)
+            return
+        labels = {name: label for label, name in enumerate(self.classes)}
+        for entry in _entries(self.root):
+            if entry.name in labels and _is_folder(entry):
+                yield from self._rows(entry.path, labels[entry.name])
             elif _is_folder(entry):
-                yield from self._images(entry)
+                self._pass_by(sum(1 for _ in self._images(entry.path)))
             else:
                 self._pass_over(entry)
+
+    def _rows(self, folder: str | os.PathLike[str], label: int) -> Iterator[Row]:
+        return (self._row(entry, label) for entry in self._images(folder))
+
+    def _row(self, entry: Entry, label: int) -> Row:
+        key = Path(entry.path).relative_to(self.root).as_posix()
+        try:
+            return Row(key, key, 0, entry.stat().st_size, label)
+        except OSError as err:
+            raise UsageError(f"{entry.path}: {err.strerror}; expected an image file: mend or remove it") from err
+
+    def _images(self, folder: str | os.PathLike[str]) -> Iterator[Entry]:
+        waiting = [_entries(folder)[::-1]]
+        while waiting:
+            if not waiting[-1]:
+                waiting.pop()
+            elif _is_image(entry := waiting[-1].pop()):
+                yield entry
+            elif _is_folder(entry):
+                waiting.append(_entries(entry)[::-1])
+            else:
+                self._pass_over(entry)
+
+    def _pass_by(self, images: int) -> None:
+        self.passed_over += Counter({OTHER_CLASS: images})
 
     def _pass_over(self, entry: Entry) -> None:
         if entry.is_dir() or entry.name.startswith("."):
@@ -66,6 +88,34 @@ class Folder:
         if len(data) != row.size:
             raise OSError(f"{self.root / row.path} has {len(data)} bytes, it had {row.size} when the rows were listed")
         return data
+
+
+class Listed(Folder):
+    """A flat folder whose labels are in a list: `label_of` tells the label of a file's name, NO_LABEL to leave it out.
+
+    `label_of` None: none of the images has a label.
+    """
+
+    def __init__(
+        self, root: Path, split: str, classes: tuple[str, ...], label_of: Mapping[str, int] | None, where: Path
+    ) -> None:
+        self.passed_over = Counter[str]()
+        self.root, self.split, self.classes = root, split, classes
+        self._label_of, self._list = label_of, where
+
+    def rows(self) -> Iterator[Row]:
+        """Key and path are the file's name."""
+        self.passed_over.clear()
+        for entry in self._images(self.root):
+            label = NO_LABEL if self._label_of is None else self._label_of.get(os.path.splitext(entry.name)[0])
+            if label is None:
+                raise UsageError(
+                    f"{self._list} has no line for {entry.name}; expected one for each image: fetch it again"
+                )
+            if label == NO_LABEL and self._label_of is not None:
+                self._pass_by(1)
+            else:
+                yield self._row(entry, label)
 
 
 def _choose(root: Path, split: str | None) -> tuple[Path, str]:
@@ -93,7 +143,15 @@ def _classes(root: Path) -> tuple[str, ...]:
             f"{root} holds images ({loose[0]}, {len(loose)} in all) beside folders of images ({classes[0]}); expected "
             "class folders only, or images only: move one of them away"
         )
-    return classes
+    return () if all(_holds_a_thousand(root / name) for name in classes) else classes
+
+
+def _holds_a_thousand(folder: Path) -> bool:
+    """Whether a folder is one of those that only keep folders small: 03000 holds 03000.png to 03999.png (FFHQ)."""
+    inside = re.compile(rf"{folder.name[:2]}\d\d\d\.\w+")
+    return bool(THOUSAND.fullmatch(folder.name)) and all(
+        inside.fullmatch(entry.name) for entry in _entries(folder) if not entry.name.startswith(".")
+    )
 
 
 def _is_folder(entry: Entry) -> bool:
@@ -112,5 +170,12 @@ def _entries(folder: str | os.PathLike[str]) -> list[Entry]:
 
 
 def _holds_images(folder: str | os.PathLike[str]) -> bool:
-    with os.scandir(folder) as entries:
-        return any(_is_image(entry) or (_is_folder(entry) and _holds_images(entry)) for entry in entries)
+    waiting = [os.fspath(folder)]
+    while waiting:
+        with os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if _is_image(entry):
+                    return True
+                if _is_folder(entry):
+                    waiting.append(entry.path)
+    return False

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from boomgen.errors import RowError, UsageError
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, Columns, Row, choose_split
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Columns, Row, choose_split
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 WORDS = ("string", "large_string")
 COMMIT = re.compile("[0-9a-f]{40}")
 HUB_TIMEOUT = 10.0  # seconds
 BATCH = 10_000
+MAX_WORDS = 100_000  # different words in a column of labels
 
 
 def is_saved(place: Path) -> bool:
@@ -55,17 +56,24 @@ class Table:
         self._label = _label_column(data.features, columns.label, where)
         feature = data.features[self._label] if self._label else None
         self.classes = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
-        if isinstance(feature, Value) and feature.dtype in WORDS:
-            self.classes = tuple(sorted(set(data.unique(self._label)) - {None}))
+        if self._label and isinstance(feature, Value) and feature.dtype in WORDS:
+            self.classes = _words(data, self._label, where)
         self._number = {name: number for number, name in enumerate(self.classes)}
+        self._place = _places(self.classes, columns.numbers, where)
+        self.classes = tuple(self.classes[number] for number in self._place) or self.classes
         data = data.with_format(None)
         self._images = data.select_columns([self._image]).cast_column(self._image, Image(decode=False))
         self._labels = data.select_columns([self._label]) if self._label else None
 
     def rows(self) -> Iterator[Row]:
         """The offset is the row number; sizes are not known."""
+        self.passed_over.clear()
         for i, label in enumerate(self._each_label()):
-            yield Row(f"{self.split}-{i:08d}", "", i, -1, label)
+            place = self._place.get(label, NO_LABEL) if self._place else label
+            if place == NO_LABEL != label:
+                self.passed_over[OTHER_CLASS] += 1
+            else:
+                yield Row(f"{self.split}-{i:08d}", "", i, -1, place)
 
     def _each_label(self) -> Iterator[int]:
         if self._labels is None:
@@ -89,6 +97,30 @@ class Table:
         if not any(path.is_relative_to(root) for root in self._roots):
             raise RowError("undecodable", f"{row.key} names a file of this machine, which only a saved data set may")
         return path.read_bytes()
+
+
+def _places(classes: tuple[str, ...], numbers: tuple[int, ...], where: str) -> dict[int, int]:
+    """The label of each number that is wanted; empty where nothing need be chosen, or has been before."""
+    if not numbers or len(classes) == len(numbers):
+        return {}
+    if len(classes) <= max(numbers):
+        raise UsageError(
+            f"{where} names {len(classes)} classes; expected {len(numbers)}, or all that they are chosen from: "
+            "name the column by --label-column, or use the whole data set"
+        )
+    return {number: place for place, number in enumerate(numbers)}
+
+
+def _words(data: Any, column: str, where: str) -> tuple[str, ...]:
+    """The different words of a column, sorted; a batch of it is in memory at a time."""
+    found = set[str]()
+    for batch in data.select_columns([column]).with_format("arrow").iter(batch_size=BATCH):
+        found.update(batch.column(column).drop_null().unique().to_pylist())
+        if len(found) > MAX_WORDS:
+            raise UsageError(
+                f"{where}: column {column!r} holds more than {MAX_WORDS} different words; expected classes"
+            )
+    return tuple(sorted(found))
 
 
 def _caches() -> list[Path]:
