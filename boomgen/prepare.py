@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from boomgen import __version__, catalog, env, index, keys, models
+from boomgen import __version__, catalog, env, hub, index, keys, models
 from boomgen.errors import UsageError
 from boomgen.job import Job, Launch
 from boomgen.levels import respaced, spaced
@@ -19,7 +19,7 @@ from boomgen.plan import ChainPlan, NetworkPlan, Plan, SourcePlan, differing, t_
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
-from boomgen.sources.base import NO_LABEL
+from boomgen.sources.base import NO_LABEL, Columns, Source
 
 NEARLY_CLEAN = 0.999
 """abar above which an image comes out as good as unchanged."""
@@ -222,16 +222,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
 def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[int, int]]:
     """Open the source, write its index, and pin both; also the rows per label."""
     job, preset = resolved.job, resolved.preset
-    hub = preset.hub if preset and preset.hub and preset.hub.id == resolved.location else None
-    image_column = job.image_column or (hub.image_column if hub else None)
-    label_column = job.label_column or (hub.label_column if hub else None)
-    source = open_source(
-        catalog.resolved(resolved.location),
-        job.split,
-        image_column=image_column,
-        label_column=label_column,
-        revision=hub.revision if hub else None,
-    )
+    source, columns = _open(resolved)
     path = folder / "index.parquet"
     rows = index.build(source, path, job.limit)
     labels = index.Index(path).label_counts()
@@ -240,8 +231,8 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         name=job.dataset,
         split=source.split,
         revision=getattr(source, "revision", None),
-        image_column=image_column,
-        label_column=label_column,
+        image_column=columns.image,
+        label_column=columns.label,
         rows=rows,
         passed_over=tuple(sorted(source.passed_over.items())),
         classes=_class_names(resolved, source.classes, labels),
@@ -250,6 +241,40 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         index_sha256=sha256_file(path),
     )
     return planned, labels
+
+
+def _open(resolved: Resolved) -> tuple[Source, Columns]:
+    job, preset = resolved.job, resolved.preset
+    known = preset.hub if preset and preset.hub and preset.hub.id == resolved.location else None
+    columns = Columns(
+        job.image_column or (known.image_column if known else None),
+        job.label_column or (known.label_column if known else None),
+    )
+    source = open_source(
+        catalog.resolved(resolved.location),
+        job.split,
+        image_column=columns.image,
+        label_column=columns.label,
+        revision=known.revision if known else None,
+    )
+    return source, columns
+
+
+def fetch(job: Job, launch: Launch) -> dict[str, str]:
+    """Bring the job's model and data set here, if they lie on the Hub: what each is, and where. Writes no run.
+
+    Raises:
+        UsageError, BoomgenError: as `prepare` does for the same job.
+    """
+    resolved = resolve(job)
+    model = models.inspect(str(resolved.job.model), launch.allow_pickle)
+    source, _ = _open(resolved)
+    commit = getattr(source, "revision", None)
+    place = hub.dataset(resolved.location, commit) if commit else Path(catalog.resolved(resolved.location))
+    return {
+        "model": f"{model.name}, {hub.whereabouts(model.root)}",
+        "data set": f"{job.dataset}, {hub.whereabouts(place)}",
+    }
 
 
 def _secret(job: Job, launch: Launch) -> bytes:

@@ -1,9 +1,9 @@
 """Where images come from. `open_source` tells the kind of a source from what lies there."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
+from boomgen import hub
 from boomgen.errors import UsageError
 from boomgen.sources import cifar, folder, hf, idx, wds
 from boomgen.sources.base import NO_LABEL, Columns, RawImage, Row, Source
@@ -19,7 +19,7 @@ KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path, str | None, Colu
     ("image files", folder.is_here, lambda place, split, _: folder.Folder(place, split)),
 )
 TABLES = (hf.open_saved, hf.open_parquet)
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = hub.ID
 
 
 def open_source(
