@@ -279,10 +279,10 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
     add_flags(planning, Job, Launch, leave_out=frozenset({"workers", "allow_mixed"}))
-    examples = ("quickstart --limit 16 --out runs/quick", "quickstart --t-boom 0.2 --limit 16 --out runs/near")
-    examples = ("--dataset fashion-sample", "--dataset imagenet --model owner/name@v1 --t-boom 0.4")
+    examples = ("--dataset fashion-sample", "--dataset fashion-sample --model fashion-patched-ddpm --t-boom 0.2")
     fetching = command("fetch", fetch, "get model and data set from the Hub, for a run without network", *examples)
     add_flags(fetching, Job, Launch, leave_out=frozenset({"mode"}))
+    examples = ("quickstart --limit 16 --out runs/quick", "quickstart --t-boom 0.2 --limit 16 --out runs/near")
     from_file = command("run", run_file, "run a YAML job; flags win over the file", *examples)
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]
     add_flags(from_file, Job, Launch)

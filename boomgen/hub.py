@@ -201,14 +201,15 @@ def explain(err: Exception, kind: str, repo: str, revision: str | None) -> Excep
             f"the Hugging Face Hub refused {what} ({answer.status_code}); see {page}, and `hf auth whoami` for whom it "
             "takes you"
         )
+    local = f"or pass a local copy with {'--data-dir' if kind == 'dataset' else '--model'}"
     if constants.HF_HUB_OFFLINE:
         return UsageError(
             f"{what} is not whole in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; run "
-            "`boomgen fetch` with the same options where there is network"
+            f"`boomgen fetch` with the same options where there is network, {local}"
         )
     return BoomgenError(
-        f"cannot get {what} from the Hugging Face Hub ({line(causes[-1])}); {AGAIN}, or run `boomgen fetch` where "
-        "there is network and go on here with HF_HUB_OFFLINE=1"
+        f"cannot get {what} from the Hugging Face Hub ({line(causes[-1])}); {AGAIN}; or run `boomgen fetch` where "
+        f"there is network and go on here with HF_HUB_OFFLINE=1, {local}"
     )
 
 

@@ -104,7 +104,10 @@ def options(kind: str, name: str) -> list[str]:
 
 GATED, DENIED, BUSY = (403, {"X-Error-Code": "GatedRepo"}), (403, {}), (429, {"Retry-After": "3"})
 AGAIN = "give the same command again: what was fetched stays"
-ELSEWHERE = f"{AGAIN}, or run `boomgen fetch` where there is network and go on here with HF_HUB_OFFLINE=1"
+ELSEWHERE = (
+    f"{AGAIN}; or run `boomgen fetch` where there is network and go on here with HF_HUB_OFFLINE=1, or pass a local "
+    "copy with OPTION"
+)
 FILES, API = "GET .*(config.json|parquet)", "GET /api"
 HEADS = "HEAD .*resolve"
 
@@ -131,9 +134,10 @@ def test_a_failure_is_one_line_and_the_same_command_then_succeeds(
 ) -> None:
     pattern, fault, code, said = FAILURES[case]
     hub.faults[pattern] = [fault] * 1000
-    name = names[kind]
+    name, option = names[kind], "--data-dir" if kind == "datasets" else "--model"
     page = f"{hub.url}/{'datasets/' if kind == 'datasets' else ''}{name}"
     said = said.replace("WHAT", f"{'data set' if kind == 'datasets' else 'model'} {name}").replace("PAGE", page)
+    said = said.replace("OPTION", option)
     failed = call("fetch", *options(kind, name))
     *waits, last = failed.err.splitlines()
     assert (failed.code, failed.out, last) == (code, "", f"boomgen: {said}")
@@ -244,5 +248,5 @@ def test_half_a_snapshot_is_not_taken_for_a_whole_one(
     assert (done.returncode, done.stderr) == (
         2,
         f"boomgen: model {names['models']} is not whole in the cache {home}/hub, and HF_HUB_OFFLINE is set; run "
-        "`boomgen fetch` with the same options where there is network\n",
+        "`boomgen fetch` with the same options where there is network, or pass a local copy with --model\n",
     )
