@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from boomgen import env, models
+from boomgen import catalog, env, models
 from boomgen.errors import UsageError
 from boomgen.job import Job
 from boomgen.models import ModelInfo
@@ -70,11 +70,11 @@ def network(
     planned: ChainPlan,
     source: SourcePlan,
     labels: dict[int, int],
-    prompt: str | None,
+    preset: catalog.DataSet | None,
 ) -> NetworkPlan:
     """How the network is called. What it is told, and its compiled form, are written beside the plan.
 
-    `prompt`: the data set's own, for models that take one.
+    `preset`: of the data set, with its prompt and the ImageNet class of each label.
     """
     import torch
 
@@ -84,7 +84,8 @@ def network(
     guidance = model.guidance if job.guidance is None else job.guidance
     conditions.check_guidance(model, guidance)
     dtype = job.dtype or env.default_dtype(device)
-    classes, prompts = _classes(model, source, labels), _prompts(job, model, source, prompt)
+    classes = _classes(model, source, labels, preset.imagenet_classes if preset else ())
+    prompts = _prompts(job, model, source, preset.prompt if preset else None)
     tables = conditions.of_classes(model, classes)
     told = folder / "conditions.safetensors"
     if model.text:
@@ -120,9 +121,11 @@ def _calls(planned: ChainPlan) -> int:
     return planned.level * (2 if planned.sampler == "predictor-corrector" else 1)
 
 
-def _classes(model: ModelInfo, source: SourcePlan, labels: dict[int, int]) -> tuple[int, ...] | None:
+def _classes(
+    model: ModelInfo, source: SourcePlan, labels: dict[int, int], imagenet: tuple[int, ...]
+) -> tuple[int, ...] | None:
     """The model's class of each label; refused where it needs one and there is none."""
-    classes = models.class_map(model, source.classes)
+    classes = models.class_map(model, source.classes, imagenet)
     if model.class_count and model.null_class is None and (classes is None or NO_LABEL in labels):
         without = "has images without a label" if classes is not None else "names others"
         raise UsageError(f"model {model.name} needs a class of its own for every image; {source.name} {without}")

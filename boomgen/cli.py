@@ -55,6 +55,14 @@ def plan(args: argparse.Namespace) -> int:
     return DONE
 
 
+def fetch(args: argparse.Namespace) -> int:
+    from boomgen import prepare
+
+    found = prepare.fetch(*job_and_launch({"mode": "anonymize", **given(args)}))
+    _say(_table({**found, "run with": "HF_HUB_OFFLINE=1 boomgen anonymize and the same options, without network"}))
+    return DONE
+
+
 def resume(args: argparse.Namespace) -> int:
     from boomgen import drive
     from boomgen.run import RunDir
@@ -278,6 +286,9 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
     add_flags(planning, Job, Launch, leave_out=frozenset({"workers", "allow_mixed"}))
+    examples = ("--dataset fashion-sample", "--dataset fashion-sample --model fashion-patched-ddpm --t-boom 0.2")
+    fetching = command("fetch", fetch, "get model and data set from the Hub, for a run without network", *examples)
+    add_flags(fetching, Job, Launch, leave_out=frozenset({"mode"}))
     examples = ("quickstart --limit 16 --out runs/quick", "quickstart --t-boom 0.2 --limit 16 --out runs/near")
     from_file = command("run", run_file, "run a YAML job; flags win over the file", *examples)
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from boomgen import __version__, catalog, choose, env, index, keys, models
+from boomgen import __version__, catalog, choose, env, hub, index, keys, models
 from boomgen.errors import UsageError
 from boomgen.job import Job, Launch
 from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
-from boomgen.sources.base import NO_LABEL
+from boomgen.sources.base import NO_LABEL, Source
 
 
 class Resolved(NamedTuple):
@@ -204,7 +204,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
     model = models.inspect(str(job.model), launch.allow_pickle, job.lora)
     source, labels = _index_source(folder, resolved)
     rows, chain = source.rows * job.variants, choose.chain(job, model)
-    network = choose.network(folder, job, model, device, rows, chain, source, labels, preset.prompt if preset else None)
+    network = choose.network(folder, job, model, device, rows, chain, source, labels, preset)
     plan = Plan(
         boomgen=__version__,
         job=job.model_copy(update={"split": source.split}),
@@ -226,15 +226,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
 def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[int, int]]:
     """Open the source, write its index, and pin both; also the rows per label."""
     job, preset = resolved.job, resolved.preset
-    hub = _hub(resolved)
-    told: dict[str, Any] = {
-        "image_column": job.image_column or (hub.image_column if hub else None),
-        "label_column": job.label_column or (hub.label_column if hub else None),
-        "folders": preset.folders if preset else (),
-        "numbers": preset.imagenet_classes if preset and preset.wordnet else (),
-    }
-    revision = hub.revision if hub else None
-    source = open_source(catalog.resolved(resolved.location), job.split, revision=revision, **told)
+    source, told = _open(resolved)
     path = folder / "index.parquet"
     rows = index.build(source, path, job.limit)
     labels = index.Index(path).label_counts()
@@ -254,10 +246,40 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
     return planned, labels
 
 
-def _hub(resolved: Resolved) -> catalog.Hub | None:
+def _on_hub(resolved: Resolved) -> catalog.Hub | None:
     """What the preset says of the Hub, where the source lies there."""
-    hub = resolved.preset.hub if resolved.preset else None
-    return hub if hub and hub.id == resolved.location else None
+    known = resolved.preset.hub if resolved.preset else None
+    return known if known and known.id == resolved.location else None
+
+
+def _open(resolved: Resolved) -> tuple[Source, dict[str, Any]]:
+    """The source, and what it was told: columns and classes."""
+    job, preset, known = resolved.job, resolved.preset, _on_hub(resolved)
+    told: dict[str, Any] = {
+        "image_column": job.image_column or (known.image_column if known else None),
+        "label_column": job.label_column or (known.label_column if known else None),
+        "folders": preset.folders if preset else (),
+        "numbers": preset.imagenet_classes if preset and preset.wordnet else (),
+    }
+    revision = known.revision if known else None
+    return open_source(catalog.resolved(resolved.location), job.split, revision=revision, **told), told
+
+
+def fetch(job: Job, launch: Launch) -> dict[str, str]:
+    """Bring the job's model and data set here, if they lie on the Hub: what each is, and where. Writes no run.
+
+    Raises:
+        UsageError, BoomgenError: as `prepare` does for the same job.
+    """
+    resolved = resolve(job)
+    model = models.inspect(str(resolved.job.model), launch.allow_pickle, resolved.job.lora)
+    source, _ = _open(resolved)
+    commit = getattr(source, "revision", None)
+    place = hub.dataset(resolved.location, commit) if commit else Path(catalog.resolved(resolved.location))
+    return {
+        "model": f"{model.name}, {hub.whereabouts(model.root)}",
+        "data set": f"{job.dataset}, {hub.whereabouts(place)}",
+    }
 
 
 def _secret(job: Job, launch: Launch) -> bytes:
@@ -271,7 +293,7 @@ def _secret(job: Job, launch: Launch) -> bytes:
 def _class_names(resolved: Resolved, found: tuple[str, ...], labels: dict[int, int]) -> tuple[str, ...]:
     """Names of all labels. Labels below -1, or beyond the names that are known, are refused."""
     known, folders = (resolved.preset.classes, resolved.preset.folders) if resolved.preset else ((), ())
-    same = found == folders or (_hub(resolved) is not None and len(found) == len(known))
+    same = found == folders or (_on_hub(resolved) is not None and len(found) == len(known))
     names = known if known and (same or not found) else found
     low, high = min(labels), max(labels)
     if low < NO_LABEL or (names and high >= len(names)):

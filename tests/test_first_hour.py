@@ -82,7 +82,7 @@ def blocks() -> dict[str, list[str]]:
 def test_every_command_of_the_docs_runs(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fashion_mnist: Path
 ) -> None:
-    """As written, in their order, but for `--limit`; what needs eight GPUs says so."""
+    """As written, in their order, but for `--limit`; what needs eight GPUs or the Hub says so."""
     monkeypatch.chdir(tmp_path)
     random = np.random.default_rng(0)
     for name in ("cat/1.jpg", "cat/2.png", "dog/3.webp"):
@@ -96,6 +96,8 @@ def test_every_command_of_the_docs_runs(
         told = capsys.readouterr()
         if "--gpus 8" in line:
             assert (code, told.err[:34]) == (2, "boomgen: 8 GPUs asked for, found 0")
+        elif "owner/" in line:
+            assert (code, told.err[:54]) == (2, "boomgen: model owner/model is not whole in the cache /")
         else:
             assert code == 0, f"{line}: {told}"
 

@@ -31,6 +31,10 @@ SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET", re.IGNORECASE)
 """Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
 
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+"""The plan names commits that are in the cache: of many workers, none may ask the Hub."""
+
+
 class Event(NamedTuple):
     """What a worker said. kind: ready, tick, done, failed, fatal; or lost (it died), gone (it never starts)."""
 
@@ -59,7 +63,7 @@ class _Hand:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 start_new_session=True,
-                env={name: value for name, value in os.environ.items() if not SECRETS.search(name)},
+                env={name: value for name, value in os.environ.items() if not SECRETS.search(name)} | OFFLINE,
             )
         self._write(json.dumps({name: value for name, value in os.environ.items() if SECRETS.search(name)}))
 

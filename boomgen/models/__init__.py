@@ -10,7 +10,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from boomgen import catalog
+from boomgen import catalog, hub
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.models.folder import INDEX, Folder, sha256_of
 from boomgen.sources import HUB_ID
@@ -79,33 +79,12 @@ def locate(name: str, allow_pickle: bool) -> tuple[Path, str]:
     if Path(name).is_dir():
         return Path(name).resolve(), str(Path(name).resolve())
     if HUB_ID.fullmatch(name):
-        folder = _download(name, allow_pickle)
+        folder = hub.model(name, allow_pickle)
         return folder, str(folder)
     raise UsageError(
         f"no model {name!r}{catalog.suggest(name, catalog.models())}; expected a preset (boomgen models), a diffusers "
         "folder, or owner/name on the Hugging Face Hub"
     )
-
-
-def _download(name: str, allow_pickle: bool) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.yaml", "**/*.json", f"*{WEIGHTS}", f"*{PICKLED}"])
-        )
-    except GatedRepoError as err:
-        raise BoomgenError(
-            f"model {name} is gated; accept its terms on its page, then log in (hf auth login, or HF_TOKEN)"
-        ) from err
-    except RepositoryNotFoundError as err:
-        raise UsageError(f"no model {name!r} on the Hugging Face Hub; see boomgen models") from err
-    except OSError as err:
-        raise BoomgenError(
-            f"cannot fetch model {name}: the Hugging Face Hub is not reachable from here; use a diffusers folder as "
-            "--model, or a machine with network whose cache (HF_HOME) this one shares"
-        ) from err
 
 
 def inspect(name: str, allow_pickle: bool = False, lora: str | None = None) -> ModelInfo:

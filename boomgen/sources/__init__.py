@@ -1,9 +1,9 @@
 """Where images come from. `open_source` tells the kind of a source from what lies there."""
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 
+from boomgen import hub
 from boomgen.errors import UsageError
 from boomgen.sources import cifar, folder, hf, idx, imagenet, npz, wds
 from boomgen.sources.base import NO_LABEL, Columns, RawImage, Row, Source
@@ -33,7 +33,7 @@ KINDS: tuple[tuple[str, Callable[[Path], bool], Opener], ...] = (
     ("batches of CIFAR-10 or CIFAR-100", cifar.is_here, lambda place, split, *_: cifar.Cifar(place, split)),
     ("image files", folder.is_here, lambda place, split, _, wanted: folder.Folder(place, split, wanted)),
 )
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_ID = hub.ID
 
 
 def open_source(

@@ -1,19 +1,18 @@
 """Hugging Face data sets: saved on disk, a folder of Parquet files, or an id on the Hub."""
 
-import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+from boomgen import hub
 from boomgen.errors import RowError, UsageError
 from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Columns, Row, choose_split
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
 WORDS = ("string", "large_string")
-COMMIT = re.compile("[0-9a-f]{40}")
-HUB_TIMEOUT = 10.0  # seconds
 BATCH = 10_000
 MAX_WORDS = 100_000  # different words in a column of labels
 
@@ -146,23 +145,26 @@ def open_saved(place: Path, split: str | None, columns: Columns) -> Table:
 
 def open_parquet(place: Path, split: str | None, columns: Columns) -> Table:
     """A folder of Parquet files as the Hub lays them out (a downloaded copy)."""
-    return _load(str(place), None, split, columns, "expected a data set as the Hub lays it out: download it again")
+    return _load(place, str(place), split, columns, "expected a data set as the Hub lays it out: download it again")
 
 
-def open_hub(repo: str, split: str | None, columns: Columns, revision: str | None) -> Table:
-    """A data set on the Hub or in its cache. `Table.revision` is the commit, known unless offline."""
-    commit = _commit(repo, revision)
-    return _load(repo, commit, split, columns, f"pass --data-dir with a local copy, or see {_page(repo)}")
+def open_hub(name: str, split: str | None, columns: Columns, commit: str | None) -> Table:
+    """A data set on the Hub or in its cache, as owner/name[@REVISION]. `Table.revision` is the commit."""
+    folder = hub.dataset(name, commit)
+    remedy = "pass --data-dir with a local copy that `datasets` reads"
+    return _load(folder, name, split, columns, remedy, folder.name)
 
 
-def _load(path: str, revision: str | None, split: str | None, columns: Columns, remedy: str) -> Table:
-    from datasets import get_dataset_split_names, load_dataset
+def _load(place: Path, name: str, split: str | None, columns: Columns, remedy: str, commit: str | None = None) -> Table:
+    from datasets import disable_progress_bars, get_dataset_split_names, load_dataset
 
-    complaint = f"data set {path} does not load"
-    splits = _tried(lambda: get_dataset_split_names(path, revision=revision), complaint, remedy)
-    chosen = choose_split(splits, split, path)
-    data = _tried(lambda: load_dataset(path, split=chosen, revision=revision), complaint, remedy)
-    return Table(data, chosen, columns, path, revision)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    complaint = f"data set {name} does not load"
+    splits = _tried(lambda: get_dataset_split_names(str(place)), complaint, remedy)
+    chosen = choose_split(splits, split, name)
+    data = _tried(lambda: load_dataset(str(place), split=chosen), complaint, remedy)
+    return Table(data, chosen, columns, name, commit)
 
 
 def _tried(act: Callable[[], Any], complaint: str, remedy: str) -> Any:
@@ -170,45 +172,7 @@ def _tried(act: Callable[[], Any], complaint: str, remedy: str) -> Any:
     try:
         return act()
     except Exception as err:
-        raise UsageError(f"{complaint}: {_line(err)}; {remedy}") from err
-
-
-def _commit(repo: str, revision: str | None) -> str | None:
-    """The commit behind a revision. One request that is not retried, so that an unreachable Hub fails in seconds."""
-    from huggingface_hub import HfApi, constants, errors
-
-    if constants.HF_HUB_OFFLINE or (revision and COMMIT.fullmatch(revision)):
-        return revision
-    try:
-        commit = HfApi().dataset_info(repo, revision=revision, timeout=HUB_TIMEOUT).sha
-        HfApi().auth_check(repo, repo_type="dataset")
-    except errors.GatedRepoError as err:
-        raise UsageError(
-            f"data set {repo} is gated; accept its terms at {_page(repo)} and run `hf auth login` (or set HF_TOKEN)"
-        ) from err
-    except errors.RevisionNotFoundError as err:
-        raise UsageError(f"data set {repo} has no revision {revision!r}; see {_page(repo)}/commits/main") from err
-    except errors.RepositoryNotFoundError as err:
-        raise UsageError(
-            f"{repo} is neither a local path nor a data set on the Hugging Face Hub; check the name, "
-            "or run `hf auth login` if it is private"
-        ) from err
-    except (errors.HFValidationError, errors.HfHubHTTPError) as err:
-        raise UsageError(f"the Hugging Face Hub refused data set {repo}: {_line(err)}; see {_page(repo)}") from err
-    except Exception as err:
-        raise UsageError(
-            f"cannot reach the Hugging Face Hub for data set {repo} ({_line(err)}), and there is no such local path; "
-            "pass --data-dir with a local copy, or set HF_HUB_OFFLINE=1 if it is cached"
-        ) from err
-    return str(commit)
-
-
-def _page(repo: str) -> str:
-    return f"https://huggingface.co/datasets/{repo}"
-
-
-def _line(err: Exception) -> str:
-    return (str(err).strip() or type(err).__name__).splitlines()[0][:200]
+        raise UsageError(f"{complaint}: {hub.line(err)}; {remedy}") from err
 
 
 def _image_column(features: Any, asked: str | None, where: str) -> str:
