@@ -164,7 +164,7 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
     split, rows = split_name(plan), sum(files["rows"].values())
     held = sum(tar["bytes"] for tar in files["written"])
     unnamed = "a private data set" if plan.job.mode == "anonymize" else "a local data set"
-    origin = plan.source.name if catalog.dataset(plan.source.name) else unnamed
+    origin = plan.source.name if plan.source.name in catalog.datasets() else unnamed
     # The path of a local folder may tell whose data this is.
     public = plan.model.name in catalog.models() or f"models--{plan.model.name.replace('/', '--')}" in plan.model.path
     model = plan.model.name if public else "a local model"

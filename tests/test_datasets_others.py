@@ -18,6 +18,7 @@ from boomgen.errors import UsageError
 from boomgen.sources import Row, hf, open_source
 
 from .conftest import Complaint
+from .finished import finish
 from .source_checks import picture
 from .test_datasets import labels, planned, refused
 from .test_sources import idx, tree
@@ -225,6 +226,16 @@ def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
     preset = catalog.dataset(path)
     assert (preset.t_boom, preset.model) == ("0.25", "fashion-patched-ddpm")
     assert planned(tmp_path, path, tree(tmp_path / "elsewhere", "dog/1.png")).rows == 1
+
+
+def test_the_card_of_ones_own_data_set_does_not_tell_where_it_lies(tmp_path, tiny_source, plan_tiny):
+    path = own(tmp_path / "jane" / "my.yaml", data_dir=str(tiny_source), licence="CC0")
+    run = plan_tiny(tmp_path / "run", dataset=path, limit=8)
+    Path(path).unlink()  # a plan needs it no more
+    card = (finish(run).dataset / "README.md").read_text()
+    assert "CC0" in card
+    assert "a private data set" in card
+    assert "jane" not in card
 
 
 @pytest.mark.parametrize(
