@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from boomgen import catalog, index
+from boomgen import catalog, hub, index
 from boomgen.errors import UsageError
 from boomgen.sources import Row, hf, open_source
 
@@ -23,7 +23,6 @@ from .source_checks import picture
 from .test_datasets import labels, planned, refused
 from .test_sources import idx, tree
 from .test_sources_cifar import CIFAR10, CIFAR100, layout
-from .test_sources_hf import ANSWERS, cache, hub  # noqa: F401, fixtures
 
 
 def test_cifar_and_fashion_mnist_in_one_folder_as_torchvision_keeps_them(tmp_path):
@@ -302,7 +301,6 @@ HUB = [
 ]
 
 
-@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize(("name", "columns", "count", "kept"), HUB)
 def test_data_sets_of_the_hub_by_their_own_columns(tmp_path, monkeypatch, name, columns, count, kept):
     """A table with the columns that the Hub's has, one row of each class."""
@@ -313,12 +311,12 @@ def test_data_sets_of_the_hub_by_their_own_columns(tmp_path, monkeypatch, name, 
     cells = {c: [None] * count if RAW[c] == "image" else range(count) for c in columns}
     cells |= {"coarse_label": [0] * count} if "coarse_label" in columns else {}
     cells[columns[0]] = [{"bytes": picture(i % 100), "path": None} for i in range(count)]
+    snapshot = tmp_path / COMMIT  # as the Hub's cache holds one
+    (snapshot / "data").mkdir(parents=True)
     table = datasets.Dataset.from_dict(cells, features=features)
+    table.to_parquet(snapshot / "data" / "train-00000-of-00001.parquet")
     repo = catalog.datasets()[name].hub.id
-    monkeypatch.setitem(ANSWERS, f"/api/datasets/{repo}", (200, "", {"id": repo, "sha": COMMIT}))
-    monkeypatch.setitem(ANSWERS, f"/api/datasets/{repo}/auth-check", (200, "", {}))
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda path, revision: ["train"])
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, split, revision: table)
+    monkeypatch.setattr(hub, "dataset", lambda asked, commit: {repo: snapshot}[asked])
     found = planned(tmp_path, name, None)
     preset = catalog.datasets()[name]
     assert (found.location, found.revision, found.image_column) == (repo, COMMIT, columns[0])
