@@ -167,6 +167,11 @@ def sdxl(place: Path) -> None:
 
 @folder
 def dit(place: Path) -> None:
+    dit_of(place, [f"class {number}, kind of" for number in range(10)])
+
+
+def dit_of(place: Path, names: list[str]) -> None:
+    """A DiT of these classes."""
     from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 
     net = DiTTransformer2DModel(
@@ -177,13 +182,12 @@ def dit(place: Path) -> None:
         num_layers=2,
         sample_size=SIDE,
         patch_size=2,
-        num_embeds_ada_norm=10,
+        num_embeds_ada_norm=len(names),
     )
     shaken(net)
-    names = {number: f"class {number}, kind of" for number in range(10)}
-    DiTPipeline(net, vae(), DDIMScheduler(), id2label=names).save_pretrained(place)
+    DiTPipeline(net, vae(), DDIMScheduler(), id2label=dict(enumerate(names))).save_pretrained(place)
     index = place / "model_index.json"
-    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": names}))
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"id2label": dict(enumerate(names))}))
 
 
 def shaken(net: Any) -> None:
