@@ -3,6 +3,7 @@
 The shipped ones are in `manifests/`; a user's own data set is a YAML file of the same form.
 """
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -84,6 +85,18 @@ class ModelPreset(_Frozen):
     classes: int
     licence: str
     builtin: str | None = None  # folder below boomgen/assets
+    known: tuple[int, ...] = ()  # the only trained indices that a distilled network knows
+    prediction: str | None = None
+    scheduler: dict[str, Any] = {}  # its config's facts, from which a test computes `noise` again
+    noise: tuple[float | None, ...] = ()  # noise power 1 - abar at t_boom 0.1, ..., 0.9; None: below its first level
+
+
+RESTRICTED = re.compile("non-commercial|gated|restriction|research|-NC-", re.IGNORECASE)
+
+
+def restricted(licence: str) -> bool:
+    """Whether a licence forbids something that its user should hear of before the run."""
+    return RESTRICTED.search(licence) is not None
 
 
 def shipped(kind: Literal["jobs", "manifests"]) -> Path:

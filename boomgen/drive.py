@@ -14,7 +14,7 @@ from boomgen.errors import BoomgenError, Stopped
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
 from boomgen.prepare import prepare
-from boomgen.progress import show
+from boomgen.progress import say_terms, show
 from boomgen.run import RunDir, Status
 
 
@@ -28,6 +28,7 @@ def run(job: Job, launch: Launch | None = None) -> RunDir:
     with _signals():
         env.choose_device(launch)
         run_dir = prepare(job, launch)
+        say_terms(run_dir.plan)
         resume(run_dir, launch)
     return run_dir
 

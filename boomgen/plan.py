@@ -268,6 +268,12 @@ def source_lines(plan: Plan) -> dict[str, str]:
     return lines
 
 
+def terms(plan: Plan) -> list[str]:
+    """What the licences of data set and model forbid, for people to hear before the run."""
+    both = {f"data set {plan.source.name}": plan.source.licence, f"model {plan.model.name}": plan.model.licence}
+    return [f"{what}: {licence}" for what, licence in both.items() if catalog.restricted(licence)]
+
+
 def label_of(plan: Plan, label: int) -> tuple[int, str]:
     """The label and class name that the data set shows; (-1, '') where it shows none."""
     if not plan.labels_kept or label == NO_LABEL:

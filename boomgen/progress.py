@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from tqdm import tqdm
 
 from boomgen.engines.local import Event
-from boomgen.plan import Plan
+from boomgen.plan import Plan, terms
 from boomgen.untrusted import printable
 
 LINE_EVERY = 10.0  # seconds
@@ -40,6 +40,12 @@ class _Count:
         rate = self.made / elapsed if elapsed else 0.0
         left = f"{(self.todo - self.made) / rate:.0f} s left" if rate else "starting"
         return f"{self.made}/{self.todo} images, {rate:.1f} images/s, {left}, {self.failed} failed"
+
+
+def say_terms(plan: Plan) -> None:
+    """Tell what the licences forbid, before anything is made."""
+    for line in terms(plan):
+        print(printable(f"licence of {line}"), file=sys.stderr, flush=True)
 
 
 def show(plan: Plan, missing: Sequence[int], events: Iterable[Event]) -> None:

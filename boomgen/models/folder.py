@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from boomgen import catalog
+from boomgen import catalog, hub
 from boomgen.errors import UsageError
 from boomgen.untrusted import read_json, read_yaml
 
@@ -82,9 +82,10 @@ class Folder:
     def own(self) -> Own:
         """What the folder's boomgen.yaml says, or the preset of that name."""
         preset = catalog.models().get(self.name)
-        licence = preset.licence if preset else "not stated"
         found = self.checked(Own, self.root / OWN) if (self.root / OWN).exists() else Own()
-        return found if found.licence else found.model_copy(update={"licence": licence})
+        licence = found.licence or (preset.licence if preset else hub.licence(self.root)) or "not stated"
+        known = found.known or (preset.known if preset else ())
+        return found.model_copy(update={"licence": licence, "known": known})
 
     def refuse(self, what: str) -> UsageError:
         return UsageError(f"model {self.name} {what}")
