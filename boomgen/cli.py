@@ -127,6 +127,55 @@ def sweep(args: argparse.Namespace) -> int:
     return DONE
 
 
+def models(args: argparse.Namespace) -> int:
+    if (args.action == "list") != (args.what is None):
+        raise UsageError(
+            f"models {args.action} {args.what or ''}".rstrip() + "; expected list, show MODEL or import FILE"
+        )
+    if args.action != "import" and (args.out or args.size):
+        raise UsageError(f"--out and --size with models {args.action}; they are for models import")
+    return {"list": list_models, "show": show_model, "import": import_model}[args.action](args)
+
+
+def import_model(args: argparse.Namespace) -> int:
+    from boomgen.models.pesser import import_checkpoint
+
+    out = Path(args.out or Path(args.what).stem)
+    import_checkpoint(Path(args.what), out, args.size)
+    _say(_table({"folder": out, **_described(str(out.resolve()))}))
+    return DONE
+
+
+def show_model(args: argparse.Namespace) -> int:
+    _say(_table(_described(args.what)))
+    return DONE
+
+
+def _described(name: str) -> dict[str, Any]:
+    from fractions import Fraction
+
+    from boomgen.models import chain, inspect
+
+    info = inspect(name, allow_pickle=True)  # it runs nothing
+    levels = chain.levels(info)
+    tenths = [n for n in range(1, 10) if n * levels.steps >= 5]  # a short chain has no level so near to the source
+    noise = {n: 1 - levels.abar(levels.level(Fraction(n, 10))) for n in tenths}
+    return {
+        "family": info.family,
+        "size": f"{info.size}x{info.size}",
+        "channels": info.channels,
+        "state": "x".join(map(str, info.state)),
+        "prediction": info.prediction,
+        "sampler": info.sampler,
+        "classes": info.class_count or "-",
+        "known levels": ", ".join(map(str, info.known)) or "all",
+        "licence": info.licence,
+        "why": "; ".join(info.why),
+        "t_boom": "  ".join(f"{n / 10:<6}" for n in noise).rstrip(),
+        "noise power": "  ".join(f"{power:.4f}" for power in noise.values()),
+    }
+
+
 def list_models(args: argparse.Namespace) -> int:
     rows = [(m.id, f"{m.size}x{m.size}", m.classes or "-", m.licence, m.title) for m in catalog.models().values()]
     _say(_columns([("model", "size", "classes", "licence", "what"), *rows]))
@@ -277,7 +326,15 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     add_flags(from_file, Job, Launch)
     on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
     command("datasets", list_datasets, "data sets that are known by name", "", "| grep imagenet")
-    command("models", list_models, "models that are known by name", "", "| grep ddpm")
+    shown, imported = "show fashion-patched-ddpm", "import model-790000.ckpt --out ddpm-cifar10"
+    what = "models that are known by name; what one is; one from an original checkpoint"
+    about = command("models", models, what, "", shown, imported)
+    about.add_argument("action", nargs="?", default="list", choices=["list", "show", "import"])
+    known = "preset, model folder or hub id to show; checkpoint of pytorch_diffusion or FastDPM to import"
+    about.add_argument("what", nargs="?", help=known).complete = shtab.FILE  # type: ignore[attr-defined]
+    folder = "folder that import writes (default: the file's name, without its ending)"
+    about.add_argument("--out", help=folder).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    about.add_argument("--size", type=int, metavar="PIXELS", help="side of its images (default: that of the originals)")
     completing = command("completion", completion, "a script that completes commands in your shell", "bash", "zsh")
     completing.add_argument("shell", choices=["bash", "zsh"])
 
