@@ -90,6 +90,15 @@ class ModelPreset(_Frozen):
     scheduler: dict[str, Any] = {}  # its config's facts, from which a test computes `noise` again
     noise: tuple[float | None, ...] = ()  # noise power 1 - abar at t_boom 0.1, ..., 0.9; None: below its first level
 
+    @property
+    def levels(self) -> int:
+        """Of the trained chain, or as many as a distilled network knows; 0 where the preset does not say."""
+        return len(self.known) or (int(self.scheduler.get("num_train_timesteps", 1000)) if self.scheduler else 0)
+
+    @property
+    def noise_line(self) -> str:
+        return " ".join("  -" if power is None else f"{power:.2f}".removeprefix("0") for power in self.noise) or "-"
+
 
 RESTRICTED = re.compile("non-commercial|gated|restriction|research|-NC-", re.IGNORECASE)
 

@@ -135,9 +135,40 @@ def sweep(args: argparse.Namespace) -> int:
     return DONE
 
 
+def models(args: argparse.Namespace) -> int:
+    if (args.action == "list") != (args.what is None):
+        raise UsageError(
+            f"models {args.action} {args.what or ''}".rstrip() + "; expected list, show MODEL or import FILE"
+        )
+    if args.action != "import" and (args.out or args.size):
+        raise UsageError(f"--out and --size with models {args.action}; they are for models import")
+    return {"list": list_models, "show": show_model, "import": import_model}[args.action](args)
+
+
+def import_model(args: argparse.Namespace) -> int:
+    from boomgen.models.describe import described
+    from boomgen.models.pesser import import_checkpoint
+
+    out = Path(args.out or Path(args.what).stem)
+    import_checkpoint(Path(args.what), out, args.size)
+    _say(_table({"folder": out, **described(str(out.resolve()))}))
+    return DONE
+
+
+def show_model(args: argparse.Namespace) -> int:
+    from boomgen.models.describe import described
+
+    _say(_table(described(args.what)))
+    return DONE
+
+
 def list_models(args: argparse.Namespace) -> int:
-    rows = [(m.id, f"{m.size}x{m.size}", m.classes or "-", m.licence, m.title) for m in catalog.models().values()]
-    _say(_columns([("model", "size", "classes", "licence", "what"), *rows]))
+    rows = [
+        (m.id, f"{m.size}x{m.size}", m.classes or "-", m.levels or "-", m.noise_line, m.licence, m.title)
+        for m in catalog.models().values()
+    ]
+    _say("noise: its power 1 - abar at t_boom 0.1, 0.2, ..., 0.9")
+    _say(_columns([("model", "size", "classes", "levels", "noise", "licence", "what"), *rows]))
     return DONE
 
 
@@ -296,7 +327,15 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
     listing = command("datasets", list_datasets, "data sets that are known by name", "", "imagenet-200")
     listing.add_argument("name", nargs="?", help="all that is known of this one (a name, or your own YAML file)")
-    command("models", list_models, "models that are known by name", "", "| grep ddpm")
+    shown, imported = "show fashion-patched-ddpm", "import model-790000.ckpt --out ddpm-cifar10"
+    what = "models that are known by name; what one is; one from an original checkpoint"
+    about = command("models", models, what, "", shown, imported)
+    about.add_argument("action", nargs="?", default="list", choices=["list", "show", "import"])
+    known = "preset, model folder or hub id to show; checkpoint of pytorch_diffusion or FastDPM to import"
+    about.add_argument("what", nargs="?", help=known).complete = shtab.FILE  # type: ignore[attr-defined]
+    folder = "folder that import writes (default: the file's name, without its ending)"
+    about.add_argument("--out", help=folder).complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+    about.add_argument("--size", type=int, metavar="PIXELS", help="side of its images (default: that of the originals)")
     completing = command("completion", completion, "a script that completes commands in your shell", "bash", "zsh")
     completing.add_argument("shell", choices=["bash", "zsh"])
 

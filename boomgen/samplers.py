@@ -82,6 +82,8 @@ def guided(predict_x0: PredictX0, gradient: Gradient, levels: Levels, scale: flo
     """Classifier guidance (Dhariwal & Nichol 2021): the score plus `scale` times a classifier's gradient."""
 
     def predict(x: Tensor, k: int) -> Tensor:
+        if not levels.a[k]:  # pure noise tells no class
+            return predict_x0(x, k)
         return predict_x0(x, k) + scale * float(levels.s[k]) ** 2 / float(levels.a[k]) * gradient(x, k)
 
     return predict

@@ -1,6 +1,7 @@
 """Named data sets and models."""
 
 import gzip
+import json
 from fractions import Fraction
 
 import pytest
@@ -9,6 +10,8 @@ from pydantic import ValidationError
 from boomgen import catalog
 from boomgen.catalog import DataSet, dataset, datasets, models, shipped, suggest
 from boomgen.levels import parse_t_boom
+from boomgen.models import ModelInfo
+from boomgen.models.chain import levels
 
 NAMES = [
     *("bloodmnist", "breastmnist", "celeba-hq", "chestmnist", "cifar10", "cifar100", "dermamnist", "fashion-mnist"),
@@ -84,11 +87,38 @@ def test_the_models():
     own = models()["fashion-patched-ddpm"]
     assert (own.size, own.channels, own.classes) == (32, 1, 10)
     assert catalog.asset(str(own.builtin)).joinpath("unet/config.json").is_file()
-    assert {model.family for model in models().values()} == {"pixel-unet"}
-    assert {name for name in models() if "/" in name} == {
-        f"google/ddpm-{kind}"
-        for kind in ("cifar10-32", "celebahq-256", "ema-celebahq-256", "church-256", "bedroom-256", "cat-256")
-    }
+    assert {model.family for model in models().values()} == {"pixel-unet", "latent-unet", "dit", "sd3", "flux"}
+    assert {data.model for data in datasets().values()} <= models().keys()
+
+
+@pytest.mark.parametrize("name", [name for name, model in models().items() if model.noise])
+def test_the_noise_of_a_preset_follows_from_its_scheduler(name, tmp_path):
+    preset = models()[name]
+    (tmp_path / "scheduler_config.json").write_text(json.dumps(preset.scheduler))
+    latents = (16, preset.size // 8, preset.size // 8)
+    info = ModelInfo(
+        name=name,
+        path=str(tmp_path),
+        sha256="",
+        family=preset.family,
+        kind="",
+        size=preset.size,
+        channels=3,
+        state=latents,
+        prediction=preset.prediction,
+        trained_steps=preset.scheduler.get("num_train_timesteps", 1000),
+        licence=preset.licence,
+        known=preset.known,
+    )
+    chain = levels(info)
+    for tenth, power in enumerate(preset.noise, start=1):
+        if power is not None:
+            assert 1 - chain.abar(chain.level(Fraction(tenth, 10))) == pytest.approx(power, abs=5e-5)
+
+
+@pytest.mark.parametrize("name", ["facebook/DiT-XL-2-256", "black-forest-labs/FLUX.1-dev", "google/ddpm-cifar10-32"])
+def test_licences_that_forbid_something_are_known(name):
+    assert catalog.restricted(models()[name].licence) == (name != "google/ddpm-cifar10-32")
 
 
 def test_an_installed_wheel_is_looked_at_first(tmp_path, monkeypatch):

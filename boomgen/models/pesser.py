@@ -1,0 +1,175 @@
+"""Checkpoints of the DDPM networks of pytorch_diffusion (P. Esser) and FastDPM, written anew as a folder of diffusers.
+
+Both name and shape the weights of Ho et al. 2020 alike, and so do DDIM's checkpoints. The network follows from the
+shapes; only the side of its images cannot be told by them.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from boomgen.errors import UsageError
+
+State = Mapping[str, Tensor]
+SIZES = {4: 32, 5: 64, 6: 256}
+"""Side of the images by number of resolutions: CIFAR-10; CelebA; LSUN and CelebA-HQ."""
+NEST = 2  # how deep in lists and dicts, beside optimisers and counters, a state dict may lie
+RENAMED = {
+    ".temb.dense.0.": ".time_embedding.linear_1.",
+    ".temb.dense.1.": ".time_embedding.linear_2.",
+    ".norm_out.": ".conv_norm_out.",
+    ".down.": ".down_blocks.",
+    ".up.": ".up_blocks.",
+    ".mid.block_1.": ".mid_block.resnets.0.",
+    ".mid.attn_1.": ".mid_block.attentions.0.",
+    ".mid.block_2.": ".mid_block.resnets.1.",
+    ".block.": ".resnets.",
+    ".attn.": ".attentions.",
+    ".downsample.": ".downsamplers.0.",
+    ".upsample.": ".upsamplers.0.",
+    ".temb_proj.": ".time_emb_proj.",
+    ".nin_shortcut.": ".conv_shortcut.",
+    ".norm.": ".group_norm.",
+    ".q.": ".to_q.",
+    ".k.": ".to_k.",
+    ".v.": ".to_v.",
+    ".proj_out.": ".to_out.0.",
+}
+
+
+def convert(state: State, size: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config of a UNet2DModel and its weights, fp32, from an original state dict.
+
+    `size`: side of the images, pixels; by default what the original networks of as many resolutions had.
+
+    Raises:
+        KeyError: a weight is missing that tells the shape of the network.
+        UsageError: the size is not known, or cannot be halved as often as the network does it.
+    """
+    depth = _number(state, "down.{}.block.0.conv1.weight")
+    widths = [len(state[f"down.{level}.block.0.conv1.weight"]) for level in range(depth)]
+    attended = [f"down.{level}.attn.0.q.weight" in state for level in range(depth)]
+    config = {
+        "sample_size": _size(size, depth),
+        "in_channels": state["conv_in.weight"].shape[1],
+        "out_channels": len(state["conv_out.weight"]),
+        "block_out_channels": widths,
+        "layers_per_block": _number(state, "down.0.block.{}.conv1.weight"),
+        "down_block_types": ["AttnDownBlock2D" if here else "DownBlock2D" for here in attended],
+        "up_block_types": ["AttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attended)],
+        "attention_head_dim": None,  # one head
+        "norm_num_groups": 32,
+        "norm_eps": 1e-6,
+        "downsample_padding": 0,  # and so one column and one row of zeros at the far sides
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+    }
+    return config, {_renamed(name, depth): _weight(name, tensor) for name, tensor in state.items()}
+
+
+def _number(state: State, name: str) -> int:
+    """How many weights there are of this name, counted from 0; at least one is needed."""
+    found = next(i for i in count() if name.format(i) not in state)
+    if not found:
+        raise KeyError(name.format(0))
+    return found
+
+
+def _size(size: int | None, depth: int) -> int:
+    known = SIZES.get(depth) if size is None else size
+    if known is None:
+        raise UsageError(f"a network of {depth} resolutions does not tell the side of its images; give it by --size")
+    if known < 1 or known % 2 ** (depth - 1):
+        raise UsageError(
+            f"--size {known}; expected a multiple of {2 ** (depth - 1)}: the network has {depth} resolutions"
+        )
+    return known
+
+
+def _renamed(name: str, depth: int) -> str:
+    if name.startswith("up."):  # the original counts from the finest resolution, diffusers from the coarsest
+        _, level, rest = name.split(".", 2)
+        name = f"up.{depth - 1 - int(level)}.{rest}"
+    name = f".{name}"
+    for old, new in RENAMED.items():
+        name = name.replace(old, new)
+    return name[1:]
+
+
+def _weight(name: str, tensor: Tensor) -> Tensor:
+    """In attention, convolutions of 1x1 are matrices."""
+    if tensor.nbytes > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{name} is {tuple(tensor.shape)}, more than was saved")
+    tensor = tensor.detach().float().clone(memory_format=torch.contiguous_format)
+    return tensor.flatten(1) if ".attn" in name and tensor.dim() == 4 else tensor
+
+
+def import_checkpoint(file: Path, out: Path, size: int | None = None) -> None:
+    """Write the network and the scheduler that it was trained for, as diffusers saves them, to a new folder.
+
+    Raises:
+        UsageError: not such a checkpoint, an unknown size, or the folder exists.
+        OSError: the file cannot be read, or the folder not be written.
+    """
+    import diffusers
+
+    if out.exists():
+        raise UsageError(f"--out {out} exists; expected a new folder")
+    state = _state(file)
+    try:
+        config, weights = convert(state, size)
+        with torch.device("meta"):  # nothing is drawn that the weights replace at once
+            network: Any = diffusers.UNet2DModel(**config)
+        network.load_state_dict(weights, assign=True)
+    except (MemoryError, UsageError):
+        raise
+    except Exception as err:  # torch and diffusers have a dozen kinds for shapes that do not fit each other
+        raise _refuse(file, f"a network of another shape: {' '.join(str(err).split())[:200]}") from err
+    scheduler: Any = diffusers.DDPMScheduler(beta_end=0.02, variance_type="fixed_small", clip_sample=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
+        made = Path(staging) / out.name
+        network.save_pretrained(made / "unet")
+        scheduler.save_pretrained(made / "scheduler")
+        made.rename(out)
+
+
+def _state(file: Path) -> State:
+    """The state dict in a file, read as data only; averaged weights (EMA) where there are some."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of pickles of another protocol
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+    except (MemoryError, FileNotFoundError, PermissionError, IsADirectoryError):
+        raise
+    except Exception as err:
+        raise _refuse(file, "no tensors as torch.save writes them") from err
+    found = list(_states(saved, NEST))
+    if not found:
+        raise _refuse(file, "no weights of that network")
+    return max(enumerate(found), key=lambda each: ("ema" in each[1][0], each[0]))[1][1]
+
+
+def _states(saved: Any, nest: int, place: str = "") -> Iterator[tuple[str, State]]:
+    """Every state dict of such a network, and where it lies; DDIM's lists have the averaged weights last."""
+    if isinstance(saved, Mapping):
+        named = {str(name).removeprefix("module."): value for name, value in saved.items()}
+        if isinstance(named.get("conv_in.weight"), Tensor):
+            yield place, {name: value for name, value in named.items() if isinstance(value, Tensor)}
+            return
+        inner = list(named.items())
+    else:
+        inner = [(str(i), value) for i, value in enumerate(saved)] if isinstance(saved, list | tuple) else []
+    for name, value in inner if nest else ():
+        yield from _states(value, nest - 1, f"{place}.{name}".lower())
+
+
+def _refuse(file: Path, found: str) -> UsageError:
+    return UsageError(
+        f"{file} holds {found}; expected a checkpoint of the DDPM networks of pytorch_diffusion or FastDPM"
+    )
