@@ -6,7 +6,7 @@ t_boom returns nearly the same image; at t_boom = 1 nothing of it is left.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -69,3 +69,22 @@ def boomerang(
     if k == 0:
         return x0
     return sampler(forward(x0, k, levels, noise), k, levels, predict_x0, noise, eta)
+
+
+def cascade(
+    x0: Tensor,
+    passes: int,
+    k: int,
+    levels: Levels,
+    predict_x0: PredictX0,
+    noise_of: Callable[[int], Noise],
+    eta: float = 1.0,
+    sampler: Sampler = ancestral,
+) -> Iterator[Tensor]:
+    """The state after each of `passes` Boomerangs, each begun from the last one's state as it is, never rounded.
+
+    Pass p, from 0, takes its noise from noise_of(p), so it does not depend on how many follow.
+    """
+    for number in range(passes):
+        x0 = boomerang(x0, k, levels, predict_x0, noise_of(number), eta, sampler)
+        yield x0

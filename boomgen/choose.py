@@ -92,7 +92,7 @@ def network(
         tables = _encoded(model, prompts, dtype, device)
         conditions.save(tables, told)
     batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows))
-    calls = _calls(planned) * (1 if guidance == 1 or model.tells_guidance else 2)
+    calls = job.cascade * _calls(planned) * (1 if guidance == 1 or model.tells_guidance else 2)
     cost = flops(model, tables)
     pays = device == "cpu" and cost * rows * calls > COMPILE_PAYS_FROM and shutil.which("g++") is not None
     package = folder / "network.pt2"

@@ -13,7 +13,7 @@ import shtab
 
 from boomgen import __version__, catalog
 from boomgen.errors import BoomgenError, Stopped, UsageError
-from boomgen.job import Job, Launch
+from boomgen.job import ENHANCE, Job, Launch
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
 from boomgen.untrusted import printable
 
@@ -291,7 +291,7 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     sweeping.add_argument("--levels", default="0.2,0.4,0.6,0.8", help=levels)
     drawing = "picture to write (default sweep.png)"
     sweeping.add_argument("--out", default=argparse.SUPPRESS, help=drawing).complete = shtab.FILE  # type: ignore[attr-defined]
-    written = {"variants", "linkage", "labels", "format", "shard_size", "compile"}
+    written = {"variants", "linkage", "labels", "format", "shard_size", "compile", *ENHANCE}
     launched = {"out", "gpus", "workers", "secret_file", "allow_mixed"}
     add_flags(sweeping, Job, Launch, leave_out=frozenset({"mode", "t_boom"} | written | launched))
     examples = (MADE, "--dataset fashion-sample --limit 16 --t-boom 20/50 --device cpu --workers 1 --out runs/second")
@@ -308,6 +308,10 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
 def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -> None:
     examples = ("--dataset fashion-sample --limit 8 --variants 2", f"{MADE}-augmented --t-boom 0.2 --seed 7")
     making = command("augment", anonymize, "make Boomerang versions of every image, links public", *examples)
+    add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
+    half = "--dataset fashion-sample --scale 2 --degrade"
+    examples = (f"{half} --limit 8", f"{half} area --cascade 3 --keep-intermediates --t-boom 0.2 --out runs/enhanced")
+    making = command("enhance", anonymize, "make better versions of low-resolution images, links public", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
     add_flags(again, Launch, leave_out=frozenset({"out", "secret_file", "allow_pickle"}))

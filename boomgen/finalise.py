@@ -13,7 +13,7 @@ import yaml
 
 from boomgen import __version__, catalog, manifest
 from boomgen.errors import BoomgenError
-from boomgen.plan import Plan
+from boomgen.plan import Plan, enhancement, pass_fields
 from boomgen.run import RunDir, ranges
 from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, sync, write_durable, write_part
 from boomgen.sources.base import NO_SPLIT
@@ -180,14 +180,14 @@ def card(run: RunDir, files: dict[str, Any]) -> str:
             "splits": [{"name": split, "num_bytes": held, "num_examples": rows}],
         },
     }
-    levels = plan.chain.levels
-    words = {"anonymize": "anonymized", "augment": "augmented"}[plan.job.mode]
+    levels, how = plan.chain.levels, enhancement(plan.job)
+    words = {"anonymize": "anonymized", "augment": "augmented", "enhance": "enhanced"}[plan.job.mode]
     return (
         f"---\n{yaml.dump(head, Dumper=_OneLine, sort_keys=False, allow_unicode=True, width=1e9)}---\n\n"
         f"# {origin}, {words} with Boomerang\n\n"
         f"{rows} images made by boomgen {plan.boomgen} from {origin}: each was noised to level {plan.chain.level} of "
         f"{levels.count} (abar {levels.abar(plan.chain.level):.4f}) of {model} and brought back "
-        f"(Luzi et al., TMLR 2024).\n\n"
+        f"(Luzi et al., TMLR 2024).{f' Enhanced: {how}.' if how else ''}\n\n"
         "A small t_boom changes an image little: distances to the source are reduced links, not proof of anonymity.\n\n"
         f"- source licence: {_literal(plan.source.licence)}\n- model licence: {_literal(plan.model.licence)}\n"
     )
@@ -229,4 +229,5 @@ def _features(plan: Plan) -> list[dict[str, Any]]:
     if plan.labels_kept:
         names = {str(number): name for number, name in enumerate(plan.source.classes)}
         features.append({"name": "cls", "dtype": {"class_label": {"names": names}}})
-    return [*features, {"name": "json", "struct": about}, {"name": plan.job.format, "dtype": "image"}]
+    images = [{"name": name, "dtype": "image"} for name in (*pass_fields(plan.job), plan.job.format)]
+    return [*features, {"name": "json", "struct": about}, *images]

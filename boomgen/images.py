@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from boomgen.errors import RowError
+from boomgen.job import Job
 from boomgen.sources.base import RawImage
 
 MAX_PIXELS = 2**27
@@ -18,17 +19,26 @@ MAX_BYTES = 2**30
 """Of an image file; a greater one is refused before it is read."""
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM", "ICO")
 """What is decoded, whatever a file's name is. Pillow knows more; one of them, EPS, starts a program."""
+FILTERS = {
+    "nearest": Image.Resampling.NEAREST,
+    "area": Image.Resampling.BOX,
+    "linear": Image.Resampling.BILINEAR,
+    "cubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+"""Pillow's: pixel centres at halves. Only what is shrunk is antialiased, by all but nearest; cubic has a = -0.5."""
 Pixels = NDArray[np.uint8]
 """(H, W, C) with C = 1 (grey) or 3 (RGB)."""
 
 
 class Box(NamedTuple):
-    """Where the content of an image lies inside the model's square."""
+    """Where the content of an image lies inside the model's square, and its (height, width) outside if another."""
 
     left: int
     top: int
     width: int
     height: int
+    out: tuple[int, int] | None = None
 
 
 def decode(raw: RawImage, channels: int) -> Pixels:
@@ -78,6 +88,46 @@ def _flat(image: Image.Image) -> Image.Image:
     return image
 
 
+def fitted(pixels: Pixels, size: int, job: Job) -> tuple[Pixels, Box]:
+    """What a job gives the model of an image: (size, size, C), and where its content lies.
+
+    Raises:
+        RowError: too-large, an image whose enhanced version would have too many pixels.
+    """
+    if job.scale is None:
+        return fit(pixels, size, str(job.fit))
+    by = FILTERS[str(job.interpolation)]
+    if job.degrade:
+        return degrade(*fit(pixels, size, str(job.fit)), job.scale, FILTERS[job.degrade], by)
+    return enlarge(pixels, size, str(job.fit), job.scale, by)
+
+
+def degrade(square: Pixels, box: Box, scale: float, down: Image.Resampling, up: Image.Resampling) -> tuple[Pixels, Box]:
+    """A fitted image whose content was shrunk by `scale` and brought back to its size."""
+    low = _resize(unfit(square, box), max(1, round(box.height / scale)), max(1, round(box.width / scale)), down)
+    return _laid(_resize(low, box.height, box.width, up), square.shape[0])
+
+
+def enlarge(pixels: Pixels, size: int, how: str, scale: float, by: Image.Resampling) -> tuple[Pixels, Box]:
+    """As `fit`, of an image that is to leave `scale` times greater.
+
+    crop: the centre square is brought to `size`. pad: the image is enlarged by `scale`, by less where it would not fit.
+    Where that is another size than `scale` asks for, `unfit` resizes the content.
+    """
+    if how == "crop":
+        pixels = _centre(pixels)
+    height, width = pixels.shape[:2]
+    out = round(height * scale), round(width * scale)
+    if out[0] * out[1] > MAX_PIXELS:
+        raise RowError("too-large", f"{out[1]}x{out[0]} pixels when enlarged, at most {MAX_PIXELS} are made")
+    factor = size / max(height, width)
+    if how == "pad":
+        factor = min(scale, factor)
+    pixels = _resize(pixels, max(1, round(height * factor)), max(1, round(width * factor)), by)
+    square, box = _laid(pixels, size)
+    return square, box._replace(out=out)
+
+
 def fit(pixels: Pixels, size: int, how: str) -> tuple[Pixels, Box]:
     """The image as (size, size, C), and where its content lies.
 
@@ -86,11 +136,21 @@ def fit(pixels: Pixels, size: int, how: str) -> tuple[Pixels, Box]:
     """
     height, width = pixels.shape[:2]
     if how == "crop":
-        side = min(height, width)  # cut first: a long strip, enlarged whole, would fill the memory
-        top, left = (height - side) // 2, (width - side) // 2
-        return _resize(pixels[top : top + side, left : left + side], size, size), Box(0, 0, size, size)
+        return _resize(_centre(pixels), size, size), Box(0, 0, size, size)
     scale = min(1.0, size / max(height, width))
-    pixels = _resize(pixels, max(1, round(height * scale)), max(1, round(width * scale)))
+    return _laid(_resize(pixels, max(1, round(height * scale)), max(1, round(width * scale))), size)
+
+
+def _centre(pixels: Pixels) -> Pixels:
+    """The centre square. It is cut before it is resized: a long strip, enlarged whole, would fill the memory."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return pixels[top : top + side, left : left + side]
+
+
+def _laid(pixels: Pixels, size: int) -> tuple[Pixels, Box]:
+    """In the middle of a black square."""
     height, width = pixels.shape[:2]
     box = Box((size - width) // 2, (size - height) // 2, width, height)
     square = np.zeros((size, size, pixels.shape[2]), np.uint8)
@@ -99,14 +159,15 @@ def fit(pixels: Pixels, size: int, how: str) -> tuple[Pixels, Box]:
 
 
 def unfit(pixels: Pixels, box: Box) -> Pixels:
-    """The content of a fitted image, without what `fit` added around it."""
-    return pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    """The content of a fitted image, without what was added around it, at the size that it leaves with."""
+    content = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+    return _resize(content, *box.out) if box.out else content
 
 
-def _resize(pixels: Pixels, height: int, width: int) -> Pixels:
+def _resize(pixels: Pixels, height: int, width: int, by: Image.Resampling = Image.Resampling.LANCZOS) -> Pixels:
     if pixels.shape[:2] == (height, width):
         return pixels
-    resized = to_image(np.ascontiguousarray(pixels)).resize((width, height), Image.Resampling.LANCZOS)
+    resized = to_image(np.ascontiguousarray(pixels)).resize((width, height), by)
     return np.asarray(resized).reshape(height, width, pixels.shape[2])
 
 

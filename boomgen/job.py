@@ -11,7 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from boomgen.errors import UsageError
 from boomgen.levels import parse_t_boom
 
-Mode = Literal["anonymize", "augment"]
+Mode = Literal["anonymize", "augment", "enhance"]
+ENHANCE = ("scale", "interpolation", "degrade", "cascade", "keep_intermediates")
+"""The options that enhance alone has."""
 SAMPLER_NAMES = ("ancestral", "learned", "dpm++", "predictor-corrector", "renoise", "one-call")
 
 
@@ -46,11 +48,21 @@ class Job(_Options):
     prompt: str | None = _option("what a text model is told; {class} stands for the class's name")
     guidance: float | None = _option("classifier-free guidance, 1 is none (default: the model's)", ge=0, le=100)
     lora: str | None = _option("LoRA to add to a text model, a .safetensors file")
-    variants: int = _option("Boomerang versions of every image (augment)", 1, ge=1)
+    variants: int = _option("Boomerang versions of every image (augment, enhance)", 1, ge=1)
+    scale: float | None = _option("factor between a low-resolution image and its output (enhance)", ge=1, le=64)
+    interpolation: Literal["nearest", "linear", "cubic", "lanczos"] | None = _option(
+        "how an image is brought to the model's size before it is enhanced (default: linear)"
+    )
+    degrade: Literal["area", "linear", "cubic", "lanczos"] | None = _option(
+        "make the low-resolution images from the source's by this filter (enhance; a bare --degrade is cubic)",
+        json_schema_extra={"bare": "cubic"},
+    )
+    cascade: int = _option("Boomerang passes, each from the last one's result (enhance)", 1, ge=1)
+    keep_intermediates: bool = _option("write the image of every pass, not of the last alone (enhance)", False)
     noise: Literal["independent", "shared"] = _option("shared gives every image the same noise", "independent")
-    seed: int = _option("seed of noise and order (augment; anonymize uses a secret)", 0, ge=0)
+    seed: int = _option("seed of noise and order (augment, enhance; anonymize uses a secret)", 0, ge=0)
     linkage: Literal["private", "public", "none"] | None = _option(
-        "who may link outputs to sources (anonymize: private; augment: public; none destroys the links at the end)"
+        "who may link outputs to sources (anonymize: private; else public; none destroys the links at the end)"
     )
     labels: Literal["keep", "drop"] | None = _option(
         "labels in the data set (default: keep, but drop where a label is an identity)"

@@ -44,6 +44,8 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
         group.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
         return
     choices = _choices(field.annotation)
+    extra = field.json_schema_extra
+    bare = {"nargs": "?", "const": extra["bare"]} if isinstance(extra, dict) and "bare" in extra else {}
     default = "" if field.default is None or field.is_required() else f" (default {field.default})"
     group.add_argument(
         flag,
@@ -51,6 +53,7 @@ def _add_flag(group: Any, name: str, field: FieldInfo) -> None:
         choices=choices,
         metavar=None if choices else name.upper(),
         help=text + default,
+        **bare,
     )
 
 

@@ -220,12 +220,27 @@ def t_boom_of(job: Job) -> tuple[Fraction, int | None]:
     return value, fixed or job.steps
 
 
+def pass_fields(job: Job) -> list[str]:
+    """What the images of the passes before the last are called in a sample, beside `png` or the like."""
+    return [f"pass{number}.{job.format}" for number in range(1, job.cascade)] if job.keep_intermediates else []
+
+
+def enhancement(job: Job) -> str:
+    """What enhance does to an image before and around Boomerang, for people; '' in another mode."""
+    if job.scale is None:
+        return ""
+    shrunk = f"shrunk by {job.degrade}, " if job.degrade else ""
+    passes = f"{job.cascade} Boomerang pass{'es' * (job.cascade > 1)}"
+    return f"{shrunk}enlarged {job.scale:g} times by {job.interpolation}, {passes}"
+
+
 def describe(plan: Plan) -> dict[str, Any]:
     """What the plan means, for people."""
     levels = plan.chain.levels
     return {
         "images": f"{plan.rows:,} ({plan.source.rows:,} sources x {plan.job.variants})",
         **source_lines(plan),
+        **({"enhanced": enhancement(plan.job)} if plan.job.mode == "enhance" else {}),
         "shards": f"{plan.shards:,}, of up to {plan.shard_size:,} images",
         "t_boom": f"level {plan.chain.level}/{levels.count}, abar {levels.abar(plan.chain.level):.4f}, "
         f"back by {plan.chain.sampler}",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from boomgen import __version__, catalog, choose, env, hub, index, keys, models
 from boomgen.errors import UsageError
-from boomgen.job import Job, Launch
+from boomgen.job import ENHANCE, Job, Launch
 from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
@@ -40,10 +40,24 @@ def resolve(job: Job) -> Resolved:
         raise UsageError(
             f"{what} with anonymize; its randomness is a secret (--secret-file) and an image has one version"
         )
-    if job.mode == "augment" and job.linkage in ("private", "none"):
-        raise UsageError(f"--linkage {job.linkage} with augment; its noise follows from a public seed, use anonymize")
+    if job.mode != "anonymize" and job.linkage in ("private", "none"):
+        raise UsageError(
+            f"--linkage {job.linkage} with {job.mode}; its noise follows from a public seed, use anonymize"
+        )
+    _check_enhance(job)
     location = _location(job, preset)
     return Resolved(_filled(job, preset), location, preset)
+
+
+def _check_enhance(job: Job) -> None:
+    if job.mode != "enhance":
+        for name in ENHANCE:
+            if getattr(job, name) != Job.model_fields[name].default:
+                raise UsageError(f"--{name.replace('_', '-')} with {job.mode}; only enhance has it")
+    elif job.scale is None:
+        raise UsageError("--scale is missing; say how many times greater the outputs are to be, as --scale 4")
+    elif job.keep_intermediates and job.cascade == 1:
+        raise UsageError("--keep-intermediates with --cascade 1; one pass has none, use a greater --cascade")
 
 
 def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
@@ -62,6 +76,7 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
             "model": model,
             "t_boom": t_boom,
             "steps": steps,
+            "interpolation": job.interpolation or ("linear" if job.mode == "enhance" else None),
             "fit": job.fit or (preset.fit if preset else "crop"),
             "linkage": job.linkage or ("private" if job.mode == "anonymize" else "public"),
             "labels": job.labels or ("drop" if identity else "keep"),
@@ -283,9 +298,9 @@ def fetch(job: Job, launch: Launch) -> dict[str, str]:
 
 
 def _secret(job: Job, launch: Launch) -> bytes:
-    if job.mode == "augment":
+    if job.mode != "anonymize":
         if launch.secret_file:
-            raise UsageError("--secret-file with augment; its link is public, use --seed")
+            raise UsageError(f"--secret-file with {job.mode}; its link is public, use --seed")
         return keys.secret_of_seed(job.seed)
     return keys.read_secret(Path(launch.secret_file)) if launch.secret_file else keys.new_secret()
 

@@ -42,7 +42,7 @@ def _at(job: Job, launch: Launch) -> tuple[float, list[Pixels], list[Pixels]]:
         run = prepare(whole, launch.model_copy(update={"out": f"{folder}/run"}))
         worker = Worker(run)
         loaded = worker.load(worker.batches(0)[0])
-        outputs, _ = worker.sample(loaded)
+        (outputs,), _ = worker.sample(loaded)
     pairs = [(item.row.source_row, item.pixels, outputs[i].numpy()) for i, item in enumerate(loaded)]
     shown = sorted((pair for pair in pairs if pair[1] is not None), key=lambda pair: pair[0])
     if not shown:

@@ -182,7 +182,7 @@ def _draws(seed: int, epoch: int, what: int | str) -> tuple[int, int]:
 def _original(plan: Plan, row: Row) -> Image.Image:
     """A source image at the size of its outputs."""
     pixels = images.decode(_source(os.getpid(), plan.source).read(row), plan.model.channels)
-    square, box = images.fit(pixels, plan.model.size, str(plan.job.fit))
+    square, box = images.fitted(pixels, plan.model.size, plan.job)
     return images.to_image(np.ascontiguousarray(images.unfit(square, box)))
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from boomgen import __version__, env, images, manifest, models
-from boomgen.boomerang import boomerang
+from boomgen.boomerang import cascade
 from boomgen.errors import BoomgenError, RowError
 from boomgen.images import Box, Pixels
 from boomgen.models import conditions
@@ -23,7 +24,7 @@ from boomgen.models.denoiser import Pixels as PixelCoder
 from boomgen.models.latents import Latents
 from boomgen.models.network import NetworkCall, build, load_compiled
 from boomgen.noise import Stream, normal
-from boomgen.plan import PlannedRow, label_of, planned_rows
+from boomgen.plan import PlannedRow, label_of, pass_fields, planned_rows
 from boomgen.run import RunDir
 from boomgen.samplers import sampler_of
 from boomgen.shard import ShardWriter, sha256_file
@@ -171,15 +172,15 @@ class Worker:
             raw = self.source.read(row.source)
             loaded.source_sha256 = hashlib.sha256(_as_bytes(raw)).hexdigest()
             pixels = images.decode(raw, self.plan.model.channels)
+            loaded.height, loaded.width = pixels.shape[:2]
+            loaded.pixels, loaded.box = images.fitted(pixels, self.plan.model.size, self.plan.job)
         except RowError as err:
             loaded.failure = err
-            return loaded
-        loaded.height, loaded.width = pixels.shape[:2]
-        loaded.pixels, loaded.box = images.fit(pixels, self.plan.model.size, str(self.plan.job.fit))
         return loaded
 
-    def sample(self, loaded: list[Loaded]) -> tuple[Tensor, Tensor]:
-        """Boomerang over one batch, padded to the planned shape: images (B, H, W, C) uint8, and which are finite.
+    def sample(self, loaded: list[Loaded]) -> tuple[list[Tensor], Tensor]:
+        """Boomerang over one batch, padded to the planned shape: images (B, H, W, C) uint8 of each pass that is kept,
+        the last pass last, and which rows are finite in all of them.
 
         Raises:
             BoomgenError: the batch does not fit in memory; a smaller one would give other bytes, so none is tried.
@@ -194,8 +195,8 @@ class Worker:
             ) from err
 
     @torch.inference_mode()
-    def _sample(self, loaded: list[Loaded]) -> tuple[Tensor, Tensor]:
-        info, size = self.plan.model, self.plan.network.batch_size
+    def _sample(self, loaded: list[Loaded]) -> tuple[list[Tensor], Tensor]:
+        info, job, size = self.plan.model, self.plan.job, self.plan.network.batch_size
         pixels = np.zeros((size, info.size, info.size, info.channels), np.uint8)
         labels = torch.full((size,), NO_LABEL)
         for place, item in enumerate(loaded):
@@ -207,38 +208,43 @@ class Worker:
         condition = self.denoiser.prepare(labels.to(self.device))
         sampler = self.plan.chain.sampler
         predict: Callable[..., Any] = self.denoiser.predict if sampler == "learned" else self.denoiser.predict_x0
-        x = boomerang(
+        passes = cascade(
             self.denoiser.encode(torch.from_numpy(pixels)),
+            job.cascade,
             self.plan.chain.level,
             self.levels,
             lambda x, k: predict(x, k, condition),
-            NoiseAhead(self.pool, noise_keys, info.state, self.device),
-            self.plan.job.eta,
+            lambda number: NoiseAhead(self.pool, noise_keys, info.state, self.device, number),
+            job.eta,
             sampler_of(sampler, self.plan.chain.snr),
         )
-        finite = x.isfinite().flatten(1).all(1).cpu()
-        return self.denoiser.decode(x.nan_to_num(0.0)), finite
+        kept = deque(passes, maxlen=None if job.keep_intermediates else 1)
+        finite = torch.stack([x.isfinite().flatten(1).all(1) for x in kept]).all(0).cpu()
+        return [self.denoiser.decode(x.nan_to_num(0.0)) for x in kept], finite
 
-    def _encode(self, loaded: list[Loaded], outputs: tuple[Tensor, Tensor]) -> list[Made]:
-        pixels, finite = outputs
-        return [self._made(item, pixels[i].numpy(), bool(finite[i])) for i, item in enumerate(loaded)]
+    def _encode(self, loaded: list[Loaded], outputs: tuple[list[Tensor], Tensor]) -> list[Made]:
+        kept, finite = outputs
+        return [self._made(item, [x[i].numpy() for x in kept], bool(finite[i])) for i, item in enumerate(loaded)]
 
-    def _made(self, item: Loaded, pixels: Pixels, finite: bool) -> Made:
+    def _made(self, item: Loaded, kept: list[Pixels], finite: bool) -> Made:
         failure = item.failure or (None if finite else RowError("nan", "the network's output is not finite"))
         if failure is not None:
             detail = str(failure).partition(": ")[2]
             return Made(self._entry(item) | {"status": manifest.FAILED, "reason": failure.reason, "detail": detail}, {})
         assert item.box is not None  # a row that did not fail was decoded
-        pixels = np.ascontiguousarray(images.unfit(pixels, item.box))
+        *before, pixels = (np.ascontiguousarray(images.unfit(each, item.box)) for each in kept)
         file = images.encode(pixels, self.plan.job.format)
         made = {
             "output_sha256": hashlib.sha256(file).hexdigest(),
             "pixel_sha256": hashlib.sha256(pixels.tobytes()).hexdigest(),
             "height": pixels.shape[0],
             "width": pixels.shape[1],
+            "model_width": item.box.width,
+            "model_height": item.box.height,
         }
         entry = self._entry(item) | made
-        return Made(entry, self._members(entry, file))
+        passes = [images.encode(x, self.plan.job.format) for x in before]
+        return Made(entry, self._members(entry, file) | dict(zip(pass_fields(self.plan.job), passes, strict=True)))
 
     def _entry(self, item: Loaded) -> dict[str, Any]:
         plan, row = self.plan, item.row
@@ -264,6 +270,12 @@ class Worker:
             "source_width": item.width or -1,
             "source_height": item.height or -1,
             "fit": plan.job.fit,
+            "model_width": -1,
+            "model_height": -1,
+            "scale": plan.job.scale or 1.0,
+            "interpolation": plan.job.interpolation or "",
+            "degrade": plan.job.degrade or "",
+            "cascade": plan.job.cascade,
             "model_sha256": plan.model.sha256,
             "level": level,
             "levels": self.levels.count,
@@ -308,10 +320,15 @@ class Worker:
 
 
 class NoiseAhead:
-    """The noise of one batch, each reverse step's drawn in a thread while the network runs the step before."""
+    """The noise of one batch in one pass, each reverse step's drawn in a thread while the network runs the step before.
 
-    def __init__(self, pool: ThreadPoolExecutor, noise_keys: list[bytes], shape: tuple[int, ...], device: str) -> None:
-        self.pool, self.noise_keys, self.shape, self.device = pool, noise_keys, shape, device
+    The number of the pass is the noise's `draw`.
+    """
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, noise_keys: list[bytes], shape: tuple[int, ...], device: str, draw: int = 0
+    ) -> None:
+        self.pool, self.noise_keys, self.shape, self.device, self.draw = pool, noise_keys, shape, device, draw
         self.ahead: tuple[int, Future[Any]] | None = None
 
     def __call__(self, stream: Stream, step: int) -> Tensor:
@@ -323,7 +340,7 @@ class NoiseAhead:
         return torch.from_numpy(ready).to(self.device)
 
     def _draw(self, stream: Stream, step: int) -> Any:
-        return normal(self.noise_keys, stream, step, self.shape)
+        return normal(self.noise_keys, stream, step, self.shape, self.draw)
 
 
 def _planned_file(path: Path, sha256: str) -> Path:

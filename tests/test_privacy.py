@@ -59,7 +59,7 @@ def outputs(worker: Worker, secret: bytes, numbers: range) -> list[str]:
     sources = worker.index.take(numbers)
     rows = [PlannedRow(0, 0, -1, row, "", keys.noise_key(secret, row.key, 0)) for row in sources]
     loaded = worker.load(rows)
-    pixels, _ = worker.sample(loaded)
+    (pixels,), _ = worker.sample(loaded)
     return [pixel_hash(images.unfit(pixels[i].numpy(), item.box)) for i, item in enumerate(loaded) if item.box]
 
 
