@@ -331,9 +331,8 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
     listing = command("datasets", list_datasets, "data sets that are known by name", "", "imagenet-200")
     listing.add_argument("name", nargs="?", help="all that is known of this one (a name, or your own YAML file)")
-    shown, imported = "show fashion-patched-ddpm", "import model-790000.ckpt --out ddpm-cifar10"
-    what = "models that are known by name; what one is; one from an original checkpoint"
-    about = command("models", models, what, "", shown, imported)
+    what = "models that are known by name; show: what one is; import: one from an original checkpoint"
+    about = command("models", models, what, "", "show fashion-patched-ddpm")
     about.add_argument("action", nargs="?", default="list", choices=["list", "show", "import"])
     known = "preset, model folder or hub id to show; checkpoint of pytorch_diffusion or FastDPM to import"
     about.add_argument("what", nargs="?", help=known).complete = shtab.FILE  # type: ignore[attr-defined]

@@ -52,13 +52,14 @@ def test_learned_equals_ddpm_with_learned_range(monkeypatch, rule, k):
     start = forward(images(1), k, levels, noise)
     ours = learned(start, k, levels, telling(levels, v), noise)
     scheduler = DDPMScheduler(beta_end=0.02, variance_type="learned_range", clip_sample=False, prediction_type="sample")
+    scheduler.alphas_cumprod = torch.from_numpy(ABAR)  # its own are fp32, four digits of 1 - abar near the source
     scheduler.set_timesteps(timesteps=[int(t) for t in levels.t[:0:-1]])
     feed(monkeypatch, scheduling_ddpm, draws(noise, k))
     x, predict = start, curved(levels)
     for level, t in zip(range(k, 0, -1), scheduler.timesteps[levels.count - k :], strict=True):
         x = scheduler.step(torch.cat([predict(x, level), v(x, level)], dim=1), t, x).prev_sample
     assert (ours - ancestral(start, k, levels, predict, noise)).abs().max() > 1e-3, "the variance matters"
-    assert (ours - x).abs().max() < 5e-5
+    assert (ours - x).abs().max() < 5e-6
 
 
 @pytest.mark.parametrize("family", FAMILIES)
