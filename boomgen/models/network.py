@@ -53,11 +53,13 @@ def _fuse(info: ModelInfo, net: Any) -> None:
     """Add a LoRA to the network's weights. Its parts for text encoders, if any, are not used."""
     import diffusers
 
-    pipeline = getattr(diffusers, info.pipeline)
-    found = pipeline.lora_state_dict(info.lora, return_alphas=True)
-    state, alphas = found[0], found[1]
-    load = pipeline.load_lora_into_unet if info.family == "latent-unet" else pipeline.load_lora_into_transformer
-    load(state, alphas, net)
+    pipeline, part = getattr(diffusers, info.pipeline), "unet" if info.family == "latent-unet" else "transformer"
+    asked = {"return_alphas": True} if info.family == "flux" else {}
+    state, *alphas, metadata = pipeline.lora_state_dict(info.lora, return_lora_metadata=True, **asked)
+    more = {"network_alphas": alphas[0]} if alphas else {}
+    getattr(pipeline, f"load_lora_into_{part}")(state, metadata=metadata, **{part: net}, **more)
+    if not net.peft_config:
+        raise ValueError(f"{info.lora} holds no LoRA for the {part}")
     net.fuse_lora()
     net.unload_lora()
 
