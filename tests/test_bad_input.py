@@ -96,9 +96,9 @@ def test_one_class_is_a_data_set(plan_tiny: PlanTiny, tmp_path: Path) -> None:
         (
             "unet/config.json",
             {"num_class_embeds": 5},
-            "boomgen.yaml says that class 10 is none, of 5 classes; expected the last one",
+            "says in boomgen.yaml that class 10 is none, of 5 classes; expected the last one",
         ),
-        ("boomgen.yaml", {"null_class": 10, "classes": ["a"]}, "boomgen.yaml names 1 classes; expected 10"),
+        ("boomgen.yaml", {"null_class": 10, "classes": ["a"]}, "names 1 classes in boomgen.yaml; expected 10"),
         ("boomgen.yaml", {"nul_class": 10}, "boomgen.yaml: nul_class: Extra inputs are not permitted"),
         ("scheduler/scheduler_config.json", {"beta_schedule": "odd"}, "its scheduler does not load (odd is not"),
         ("scheduler/scheduler_config.json", {"beta_start": 2.0}, "abar does not fall from 1 to 0 in 1000 steps"),

@@ -47,7 +47,7 @@ def rows_of(run: RunDir) -> list[dict]:
 
 def guesses(published: Plan) -> list[bytes]:
     """Secrets that an attacker tries: seeds, and whatever the plan holds, as it is and hashed."""
-    texts = set(re.findall(r'"([^"]+)"', published.to_bytes().decode()))
+    texts = set(re.findall(r'"([^"]*)"', published.to_bytes().decode()))
     from_plan = [bytes.fromhex(text) for text in texts if re.fullmatch(r"(?:[0-9a-f]{2}){16,}", text)]
     from_plan += [hashlib.sha256(text.encode()).digest() for text in sorted(texts)]
     whole = hashlib.sha256(published.to_bytes()).digest()

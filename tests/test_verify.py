@@ -278,9 +278,9 @@ def test_network_package(plan_tiny: PlanTiny, tmp_path: Path, faults: Check) -> 
     assert [line for line in missing if " is missing; " not in line] == []
     for damaged in flips(sound):
         run.package.write_bytes(damaged)
-        assert faults(run.path) == [f"{run.package} is not the planned network package", *missing]
+        assert faults(run.path) == [f"{run.package} is not the planned one", *missing]
     run.package.unlink()
-    assert faults(run.path) == [f"{run.package} is not the planned network package", *missing]
+    assert faults(run.path) == [f"{run.package} is not the planned one", *missing]
 
 
 @pytest.mark.slow
@@ -291,7 +291,7 @@ def test_compiled_run(plan_tiny: PlanTiny, tmp_path: Path, faults: Check) -> Non
     data = run.package.read_bytes()
     for damaged in flips(data):
         run.package.write_bytes(damaged)
-        assert faults(run.path) == [f"{run.package} is not the planned network package"]
+        assert faults(run.path) == [f"{run.package} is not the planned one"]
 
 
 def damaged_plans(data: bytes) -> dict[str, bytes]:

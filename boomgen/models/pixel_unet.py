@@ -43,7 +43,8 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
     channels, rest = divmod(unet.in_channels, own.patch**2)
     if rest or channels not in (1, 3):
         raise folder.refuse(
-            f"has {unet.in_channels} channels in patches of {own.patch}; expected 1 (grey) or 3 (RGB) for each pixel"
+            f"has {unet.in_channels} channels in patches of {own.patch}; expected 1 (grey) or 3 (RGB) for each pixel "
+            "of a patch"
         )
     class_count = (unet.num_class_embeds or 0) - (own.null_class is not None)
     _check_classes(folder, unet, class_count)
