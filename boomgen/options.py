@@ -87,8 +87,9 @@ def read_job_file(path: Path) -> dict[str, Any]:
         found = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as err:
         why = getattr(err, "strerror", None) or " ".join(str(err).split())
-        known = ", ".join(sorted(job.stem for job in catalog.shipped("jobs").glob("*.yaml")))
-        others = f", or one of: {known}" if isinstance(err, FileNotFoundError) else ""
+        known = [job.stem for job in catalog.shipped("jobs").glob("*.yaml")]
+        missing = isinstance(err, FileNotFoundError)
+        others = f", or a shipped job such as quickstart{catalog.suggest(path.stem, known)}" if missing else ""
         raise UsageError(f"job {path}: {why}; expected a YAML file of options{others}") from err
     if not isinstance(found, dict) or not all(isinstance(name, str) for name in found):
         raise UsageError(f"job {path} is no mapping; expected lines such as 't_boom: 0.4'")

@@ -110,7 +110,12 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["run", "no-such-job"],
-            "job no-such-job: No such file or directory; expected a YAML file of options, or one of: quickstart",
+            "job no-such-job: No such file or directory; expected a YAML file of options, or a shipped job such as quickstart",
+        ),
+        (
+            ["run", "table1-cifar"],
+            "job table1-cifar: No such file or directory; expected a YAML file of options, or a shipped job such as "
+            "quickstart, did you mean table1-cifar10 or table1-cifar100?",
         ),
         (
             ["anonymize", "--dataset", "fashion-sample", "--device", "cpu", "--gpus", "2"],
