@@ -110,7 +110,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         ),
         (
             ["run", "no-such-job"],
-            "job no-such-job: No such file or directory; expected a YAML file of options, or a shipped job such as quickstart",
+            "job no-such-job: No such file or directory; expected a YAML file of options, or a shipped job such as "
+            "quickstart",
         ),
         (
             ["run", "table1-cifar"],
