@@ -310,7 +310,7 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     making = command("augment", anonymize, "make Boomerang versions of every image, links public", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     half = "--dataset fashion-sample --scale 2 --degrade"
-    examples = (f"{half} --limit 8", f"{half} area --cascade 3 --keep-intermediates --t-boom 0.2 --out runs/enhanced")
+    examples = (f"{half} --limit 8", f"{half} area --cascade 3 --t-boom 0.2 --limit 8 --out runs/enhanced")
     making = command("enhance", anonymize, "make better versions of low-resolution images, links public", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
