@@ -8,7 +8,7 @@ from torch import Tensor
 
 from boomgen.models import ModelInfo
 from boomgen.models.folder import SCHEDULER, Config, Folder
-from boomgen.models.latents import parts, recognise_vae
+from boomgen.models.latents import common, recognise_vae
 
 KINDS = ("DiTTransformer2DModel", "Transformer2DModel")
 GUIDANCE = 4.0  # of diffusers' DiTPipeline
@@ -37,19 +37,11 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
             f"has {net.in_channels} input, {net.out_channels} output and {channels} latent channels; expected as many, "
             "or twice as many of output with a learned variance"
         )
-    files = parts(folder, ["transformer", "vae", "scheduler"])
     return ModelInfo(
-        name=folder.name,
-        path=folder.path,
-        sha256=folder.fingerprint(files),
-        pickled=any(file.suffix == ".bin" for file in files),
-        variant=folder.variant("transformer"),
+        **common(folder, "transformer", (), net.sample_size, channels, factor),
         family="dit",
         kind="DiTTransformer2DModel",
         pipeline="DiTPipeline",
-        size=net.sample_size * factor,
-        channels=3,
-        state=(channels, net.sample_size, net.sample_size),
         prediction=scheduler.prediction_type,  # type: ignore[arg-type]  # checked by the model
         variance="adm" if learned else "none",
         classes=_names(index, net.num_embeds_ada_norm),
@@ -57,7 +49,6 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
         null_class=net.num_embeds_ada_norm,
         trained_steps=scheduler.num_train_timesteps,
         guidance=GUIDANCE,
-        licence=str(folder.own.licence),
         why=(
             f"transformer/ is a DiT of {net.num_embeds_ada_norm} classes on latents of side {net.sample_size}",
             f"vae/ scales by {factor}",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from boomgen.models import ModelInfo
 from boomgen.models.folder import SCHEDULER, Config, Folder
-from boomgen.models.latents import parts, recognise_vae, text_parts
+from boomgen.models.latents import common, recognise_vae, text_parts
 
 KINDS = ("SD3Transformer2DModel", "FluxTransformer2DModel")
 GUIDANCE = {"StableDiffusion3Pipeline": 7.0, "FluxPipeline": 3.5}
@@ -44,25 +44,16 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
     if net.in_channels != channels * (FLUX_PATCH**2 if flux else 1):
         raise folder.refuse(f"has {net.in_channels} input channels, which do not fit {channels} latent channels")
     side = folder.checked(_VAE, folder.part("vae") / "config.json").sample_size // factor if flux else net.sample_size
-    files = parts(folder, ["transformer", "vae", "scheduler", *text_parts(index)])
     told = flux and not net.guidance_embeds
     return ModelInfo(
-        name=folder.name,
-        path=folder.path,
-        sha256=folder.fingerprint(files),
-        pickled=any(file.suffix == ".bin" for file in files),
-        variant=folder.variant("transformer"),
+        **common(folder, "transformer", text_parts(index), side, channels, factor),
         family="flux" if flux else "sd3",
         kind=KINDS[flux],
         pipeline=pipeline,
-        size=side * factor,
-        channels=3,
-        state=(channels, side, side),
         prediction="velocity",
         text=True,
         trained_steps=scheduler.num_train_timesteps,
         guidance=1.0 if told else GUIDANCE[pipeline],
-        licence=str(folder.own.licence),
         why=(
             f"model_index.json is a {pipeline}",
             f"transformer/ runs on {channels}x{side}x{side} latents, vae/ scales by {factor}",

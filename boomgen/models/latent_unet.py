@@ -8,7 +8,7 @@ from torch import Tensor
 
 from boomgen.models import ModelInfo
 from boomgen.models.folder import SCHEDULER, Config, Folder
-from boomgen.models.latents import parts, recognise_vae, text_parts
+from boomgen.models.latents import common, recognise_vae, text_parts
 
 KINDS = ("UNet2DConditionModel",)
 GUIDANCE = {"StableDiffusionPipeline": 7.5, "StableDiffusionXLPipeline": 5.0, "LatentConsistencyModelPipeline": 8.5}
@@ -48,26 +48,17 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
     if distilled:
         stride = trained // scheduler.original_inference_steps
         known = known or tuple(range(stride - 1, trained, stride))
-    named = ["unet", "vae", "scheduler", *text_parts(index)]
     return ModelInfo(
-        name=folder.name,
-        path=folder.path,
-        sha256=folder.fingerprint(parts(folder, named)),
-        pickled=any(file.suffix == ".bin" for file in parts(folder, named)),
-        variant=folder.variant("unet"),
+        **common(folder, "unet", text_parts(index), unet.sample_size, channels, factor),
         family="latent-unet",
         kind="UNet2DConditionModel",
         pipeline=pipeline,
-        size=unet.sample_size * factor,
-        channels=3,
-        state=(channels, unet.sample_size, unet.sample_size),
         prediction=scheduler.prediction_type,  # type: ignore[arg-type]  # checked by the model
         text=True,
         trained_steps=trained,
         known=known,
         guidance=1.0 if known and not distilled else GUIDANCE[pipeline],
         sampler="renoise" if distilled else "ancestral",
-        licence=str(own.licence),
         why=(
             f"model_index.json is a {pipeline}",
             f"unet/ is a UNet2DConditionModel on latents of side {unet.sample_size}, vae/ scales by {factor}",

@@ -50,6 +50,22 @@ def parts(folder: Folder, named: Iterable[str]) -> list[Path]:
     return files
 
 
+def common(folder: Folder, network: str, more: Iterable[str], side: int, channels: int, factor: int) -> dict[str, Any]:
+    """What a ModelInfo says alike of every model on latents, of `side` and `channels`; `more` are its text parts."""
+    files = parts(folder, [network, "vae", "scheduler", *more])
+    return {
+        "name": folder.name,
+        "path": folder.path,
+        "sha256": folder.fingerprint(files),
+        "pickled": any(file.suffix == ".bin" for file in files),
+        "variant": folder.variant(network),
+        "size": side * factor,
+        "channels": 3,
+        "state": (channels, side, side),
+        "licence": str(folder.own.licence),
+    }
+
+
 class Latents:
     """An AutoencoderKL of diffusers: images, uint8 (B, H, W, 3), to scaled latents, fp32 (B, C, H / f, W / f)."""
 

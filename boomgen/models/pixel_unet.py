@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from boomgen.models import ModelInfo
-from boomgen.models.folder import SCHEDULER, Config, Folder
+from boomgen.models import VARIANCE_PRESERVING, ModelInfo
+from boomgen.models.folder import SCHEDULER, Config, Folder, Own
 
 KINDS = ("UNet2DModel",)
 SCORE, CONSISTENCY = "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"
-PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 class _UNet(Config):
@@ -47,7 +46,7 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
             "of a patch"
         )
     class_count = (unet.num_class_embeds or 0) - (own.null_class is not None)
-    _check_classes(folder, unet, class_count)
+    _check_classes(folder, own, unet, class_count)
     weights, size = folder.weights("unet"), unet.sample_size * own.patch
     return ModelInfo(
         name=folder.name,
@@ -64,7 +63,7 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
         patch_order=own.patch_order,
         prediction=prediction,
         variance="none" if unet.out_channels == unet.in_channels else own.variance,
-        clip=prediction == "consistency" or (prediction in PREDICTIONS and scheduler.clip_sample),
+        clip=prediction == "consistency" or (prediction in VARIANCE_PRESERVING and scheduler.clip_sample),
         classes=own.classes,
         class_count=class_count,
         null_class=own.null_class,
@@ -85,8 +84,8 @@ def _check(folder: Folder, unet: _UNet, scheduler: _Scheduler, prediction: str) 
             f"has a {unet.time_embedding_type} time embedding and predicts {prediction}; expected fourier with a "
             f"{SCORE}, and positional with all others"
         )
-    if prediction not in (*PREDICTIONS, "score", "consistency"):
-        raise folder.refuse(f"predicts {prediction}; expected {', '.join(PREDICTIONS)}")
+    if prediction not in (*VARIANCE_PRESERVING, "score", "consistency"):
+        raise folder.refuse(f"predicts {prediction}; expected {', '.join(VARIANCE_PRESERVING)}")
     if scheduler.thresholding or scheduler.clip_sample_range != 1.0:
         raise folder.refuse("clips by thresholding or to another range than [-1, 1]; expected neither")
     if unet.out_channels not in (unet.in_channels, 2 * unet.in_channels):
@@ -96,8 +95,7 @@ def _check(folder: Folder, unet: _UNet, scheduler: _Scheduler, prediction: str) 
         )
 
 
-def _check_classes(folder: Folder, unet: _UNet, class_count: int) -> None:
-    own = folder.own
+def _check_classes(folder: Folder, own: Own, unet: _UNet, class_count: int) -> None:
     if own.null_class is not None and own.null_class != class_count:
         raise folder.refuse(
             f"says in boomgen.yaml that class {own.null_class} is none, of {unet.num_class_embeds or 0} classes; "
