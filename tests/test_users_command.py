@@ -40,6 +40,7 @@ def test_the_command_ends_with_a_verified_data_set(imagenet: Path, tmp_path: Pat
     model, out = tmp_path / "dit", tmp_path / "run"
     dit_of(model, [f"{name}, and the like" for name in IMAGENET.classes])
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parent / "madeup"))
+    env.pop("CUDA_VISIBLE_DEVICES", None)  # which may hide the real ones where the tests run
     command = "anonymize --dataset imagenet --t-boom 0.3 --gpus 8"
     more = ["--data-dir", imagenet, "--model", model, "--shard-size", 2, "--batch-size", 2, "--out", out]
     done = boomgen(*command.split(), *more, env=env)
