@@ -3,7 +3,6 @@
 import math
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from boomgen import catalog, env, models
 from boomgen.errors import UsageError
@@ -12,9 +11,6 @@ from boomgen.models import ModelInfo
 from boomgen.plan import ChainPlan, NetworkPlan, SourcePlan, t_boom_of
 from boomgen.shard import sha256_file
 from boomgen.sources.base import NO_LABEL
-
-if TYPE_CHECKING:  # only planning needs torch
-    from boomgen.models.conditions import Conditions
 
 NEARLY_CLEAN = 0.999
 """abar above which an image comes out as good as unchanged."""
@@ -85,11 +81,13 @@ def network(
     conditions.check_guidance(model, guidance)
     dtype = job.dtype or env.default_dtype(device)
     classes = _classes(model, source, labels, preset.imagenet_classes if preset else ())
-    prompts = _prompts(job, model, source, preset.prompt if preset else None)
+    template = _template(job, model, source, preset)
+    prompts = conditions.prompts_of(template, source.classes) if template is not None else ()
     tables = conditions.of_classes(model, classes)
     told = folder / "conditions.safetensors"
     if model.text:
-        tables = _encoded(model, prompts, dtype, device)
+        on = device if torch.cuda.is_available() else "cpu"  # a login node may have no GPU
+        tables = conditions.encode_prompts(model, prompts, dtype, on)
         conditions.save(tables, told)
     batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows))
     calls = job.cascade * _calls(planned) * (1 if guidance == 1 or model.tells_guidance else 2)
@@ -109,6 +107,7 @@ def network(
         calls=calls,
         classes=classes,
         prompts=prompts,
+        template=template if template is not None and conditions.CAPTION in template else None,
         conditions_sha256=sha256_file(told) if told.exists() else None,
         guidance=guidance,
     )
@@ -132,32 +131,27 @@ def _classes(
     return classes
 
 
-def _prompts(job: Job, model: ModelInfo, source: SourcePlan, preset: str | None) -> tuple[str, ...]:
-    """One prompt per condition of a model that takes prompts."""
-    from boomgen.models.conditions import prompts_of
+def asked_prompt(job: Job, preset: catalog.DataSet | None) -> str | None:
+    """The prompt that the user or the data set's preset gives."""
+    return job.prompt if job.prompt is not None else preset.prompt if preset else None
 
+
+def _template(job: Job, model: ModelInfo, source: SourcePlan, preset: catalog.DataSet | None) -> str | None:
+    """What a model that takes prompts is told; None for another."""
     if not model.text:
         if job.prompt is not None:
             raise UsageError(f"--prompt with model {model.name}, which takes none; drop it")
-        return ()
+        return None
     telling = source.labels > 0 and job.labels == "keep"
-    template = job.prompt if job.prompt is not None else preset or (PROMPT if telling else None)
+    asked = asked_prompt(job, preset)
+    template = asked if asked is not None else PROMPT if telling else None
     if template is None:
         raise UsageError(f"model {model.name} takes a prompt, and {source.name} shows no labels; give one by --prompt")
     if "{class}" in template and not source.labels:
         raise UsageError(f"--prompt {template!r} names the class, but {source.name} has no labels; drop {{class}}")
-    return prompts_of(template, source.classes)
-
-
-def _encoded(model: ModelInfo, prompts: tuple[str, ...], dtype: str, device: str) -> "Conditions":
-    """The prompts' embeddings, kept in the network's precision."""
-    import torch
-
-    from boomgen.models.conditions import encode_prompts
-
-    on = device if device == "cpu" or torch.cuda.is_available() else "cpu"
-    kept = getattr(torch, dtype)
-    return tuple(table.to(kept) for table in encode_prompts(model, prompts, torch.float32 if on == "cpu" else kept, on))
+    if source.captions == 0:
+        raise UsageError(f"--prompt {template!r}, but no image of {source.name} has a caption; drop {{caption}}")
+    return template
 
 
 def shard_size(rows: int, batch: int) -> int:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -32,6 +33,7 @@ SCHEMA = pa.schema(
         pa.field("offset", pa.int64(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         pa.field("label", pa.int32(), nullable=False),
+        pa.field("caption", pa.string(), nullable=False),
     ]
 )
 
@@ -161,6 +163,12 @@ class Index:
             for batch in self._file.iter_batches(columns=["label"]):
                 counts.update(batch.column(0).to_pylist())
         return dict(sorted(counts.items()))
+
+    def captioned(self) -> int:
+        """How many rows have a caption."""
+        with self._reading():
+            columns = (batch.column(0) for batch in self._file.iter_batches(columns=["caption"]))
+            return sum(int(pc.sum(pc.not_equal(column, "")).as_py()) for column in columns)
 
 
 def permute(secret: bytes, n: int, position: int) -> int:

@@ -4,6 +4,7 @@
 nothing in it changes a byte on devices of one class.
 """
 
+import re
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -34,6 +35,7 @@ class Job(_Options):
     split: str | None = _option("split to read (default: train, or the only one)")
     image_column: str | None = _option("column of the images, in a table (default: the first of type image)")
     label_column: str | None = _option("column of the labels, in a table (default: one of class labels)")
+    caption_column: str | None = _option("column of the captions, in a table (default: caption, text or prompt)")
     limit: int | None = _option("only the first N images of the source", ge=1)
     model: str | None = _option("model preset, diffusers folder, or owner/name on the Hugging Face Hub")
     t_boom: str | None = _option("how far to noise: a fraction of the chain (0.4) or a level (40/100)")
@@ -45,7 +47,9 @@ class Job(_Options):
     sampler: str | None = _option(
         f"way back from t_boom: {', '.join(SAMPLER_NAMES)} (default: the model's, mostly ancestral)"
     )
-    prompt: str | None = _option("what a text model is told; {class} stands for the class's name")
+    prompt: str | None = _option(
+        "what a text model is told; {class} is the class's name, {caption} the image's own (column, .txt)"
+    )
     guidance: float | None = _option("classifier-free guidance, 1 is none (default: the model's)", ge=0, le=100)
     lora: str | None = _option("LoRA to add to a text model, a .safetensors file")
     variants: int = _option("Boomerang versions of every image (augment, enhance)", 1, ge=1)
@@ -89,6 +93,13 @@ class Job(_Options):
             )
         if value not in (None, *SAMPLER_NAMES):
             raise ValueError(f"expected one of {', '.join(SAMPLER_NAMES)}")
+        return value
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_parts(cls, value: str | None) -> str | None:
+        if other := set(re.findall(r"\{\w*\}", value or "")) - {"{class}", "{caption}"}:
+            raise ValueError(f"{min(other)} stands for nothing; expected {{class}} or {{caption}}")
         return value
 
     @field_validator("t_boom", mode="before")

@@ -41,6 +41,7 @@ class SourcePlan(_Frozen):
     passed_over: tuple[tuple[str, int], ...]  # what was met and left out while the rows were listed: kinds and counts
     classes: tuple[str, ...]
     labels: int = Field(ge=0)  # how many labels occur in its rows; 0: it has none
+    captions: int | None = None  # how many of its rows have a caption; None: not asked for
     licence: str
     index_sha256: str
 
@@ -92,6 +93,7 @@ class NetworkPlan(_Frozen):
     calls: int = Field(ge=0)  # per batch
     classes: tuple[int, ...] | None  # the model's class of each label; None: run without classes
     prompts: tuple[str, ...]  # none, for images without a label, then for each label; empty: not a model of prompts
+    template: str | None = None  # of the prompts, where each image is told its caption
     conditions_sha256: str | None  # the prompts' embeddings beside the plan
     guidance: float  # 1: none
 
@@ -257,7 +259,8 @@ def _told(plan: Plan) -> str:
     """What the model is told of an image, for people."""
     guidance = f", guidance {plan.network.guidance:g}" if plan.network.guidance != 1 else ""
     if plan.network.prompts:
-        return f"told {plan.network.prompts[-1]!r}{' and the like' * (len(plan.network.prompts) > 3)}{guidance}"
+        shown = plan.network.template or plan.network.prompts[-1]
+        return f"told {shown!r}{' and the like' * (len(plan.network.prompts) > 3)}{guidance}"
     return f"told the classes{guidance}" if plan.network.classes else "not told the classes"
 
 
@@ -272,6 +275,8 @@ def source_lines(plan: Plan) -> dict[str, str]:
         lines["labels"] = "dropped"
     else:
         lines["labels"] = f"{source.labels} of {len(source.classes)} classes"
+    if source.captions is not None:
+        lines["captions"] = f"{source.captions:,} of {source.rows:,} images"
     met = sorted(source.passed_over, key=lambda kind: -kind[1])
     left = [f"{count:,} {kind}" for kind, count in met if kind == OTHER_CLASS]
     kinds = [f"{count:,} {kind}" for kind, count in met if kind != OTHER_CLASS]

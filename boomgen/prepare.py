@@ -254,6 +254,7 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
         passed_over=tuple(sorted(source.passed_over.items())),
         classes=_class_names(resolved, source.classes, labels),
         labels=len(labels.keys() - {NO_LABEL}),
+        captions=index.Index(path).captioned() if _tells_captions(resolved) else None,
         licence=preset.licence if preset else "not stated",
         index_sha256=sha256_file(path),
         **told,
@@ -277,7 +278,22 @@ def _open(resolved: Resolved) -> tuple[Source, dict[str, Any]]:
         "numbers": preset.imagenet_classes if preset and preset.wordnet else (),
     }
     revision = known.revision if known else None
-    return open_source(catalog.resolved(resolved.location), job.split, revision=revision, **told), told
+    source = open_source(
+        catalog.resolved(resolved.location),
+        job.split,
+        caption_column=job.caption_column,
+        captions=_tells_captions(resolved),
+        revision=revision,
+        **told,
+    )
+    return source, told
+
+
+def _tells_captions(resolved: Resolved) -> bool:
+    asked = "{caption}" in (choose.asked_prompt(resolved.job, resolved.preset) or "")
+    if resolved.job.caption_column and not asked:
+        raise UsageError("--caption-column without {caption} in the prompt; add --prompt '{caption}'")
+    return asked
 
 
 def fetch(job: Job, launch: Launch) -> dict[str, str]:

@@ -89,6 +89,8 @@ class Worker:
         self.secret, self.index, self.source = run.secret, run.index, self.plan.source.open()
         self.levels = self.plan.chain.levels
         self.denoiser = self._denoiser()
+        network, device = self.plan.network, self.device
+        self.encode = conditions.text_encoder(self.plan.model, network.dtype, device) if network.template else None
         self.pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="boomgen")
 
     def _denoiser(self) -> Denoiser:
@@ -205,7 +207,7 @@ class Worker:
             labels[place] = item.row.source.label
         noise_keys = [item.row.noise_key for item in loaded]
         noise_keys += noise_keys[:1] * (size - len(loaded))
-        condition = self.denoiser.prepare(labels.to(self.device))
+        condition = self._captions(loaded) if self.encode else self.denoiser.prepare(labels.to(self.device))
         sampler = self.plan.chain.sampler
         predict: Callable[..., Any] = self.denoiser.predict if sampler == "learned" else self.denoiser.predict_x0
         passes = cascade(
@@ -221,6 +223,14 @@ class Worker:
         kept = deque(passes, maxlen=None if job.keep_intermediates else 1)
         finite = torch.stack([x.isfinite().flatten(1).all(1) for x in kept]).all(0).cpu()
         return [self.denoiser.decode(x.nan_to_num(0.0)) for x in kept], finite
+
+    def _captions(self, loaded: list[Loaded]) -> conditions.Conditions:
+        """What the prompts of a batch are to the network, in the planned shape."""
+        assert self.encode is not None
+        template, classes = self.plan.network.template or "", (*self.plan.source.classes, "")  # the last of label -1
+        rows = [item.row.source for item in loaded]
+        prompts = [conditions.prompt_of(template, classes[row.label], row.caption) for row in rows]
+        return self.encode(prompts + [""] * (self.plan.network.batch_size - len(prompts)))[1]
 
     def _encode(self, loaded: list[Loaded], outputs: tuple[list[Tensor], Tensor]) -> list[Made]:
         kept, finite = outputs

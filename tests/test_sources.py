@@ -225,7 +225,7 @@ def test_pipes_and_devices_are_no_images(tmp_path):
 
 def test_columns_are_for_tables(tmp_path):
     tree(tmp_path, "a.png")
-    said = f"{tmp_path} holds image files, which have no columns; drop --image-column, --label-column"
+    said = f"{tmp_path} holds image files, which have no columns; drop --label-column"
     assert refused(tmp_path, label_column="label") == said
 
 

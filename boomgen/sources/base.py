@@ -12,6 +12,7 @@ from boomgen.errors import UsageError
 NO_LABEL = -1
 NO_SPLIT = "data"  # the split's name where a source is not divided into splits
 OTHER_CLASS = "images of other classes"  # what is passed over where only some classes are wanted
+MAX_CAPTION = 4_000  # characters; no text encoder takes as many
 SPLITS = ("train", "val", "valid", "validation", "test")  # folder and file names that mean a split, not a class
 
 RawImage = bytes | NDArray[np.uint8]
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     offset: int  # byte offset of the image in `path`, or the row number of a table
     size: int
     label: int = NO_LABEL
+    caption: str = ""  # at most MAX_CAPTION characters; "" where there is none, or none was asked for
 
 
 class Source(Protocol):
@@ -44,13 +46,22 @@ class Source(Protocol):
 
 
 class Columns(NamedTuple):
-    """Which columns of a table hold image and label (None means the first that fits), and which labels count."""
+    """What is asked of a source. Which columns of a table hold image, label and caption: None means the first that
+    fits. Which labels count, and whether captions are wanted."""
 
     image: str | None = None
     label: str | None = None
+    caption: str | None = None
+    captions: bool = False
     numbers: tuple[
         int, ...
     ] = ()  # the labels that become 0, 1, ...; rows of others are left out. Empty: all, as they are
+
+
+def caption_of(text: str | bytes) -> str:
+    """A caption on one line; bytes that are not UTF-8 are replaced."""
+    text = text if isinstance(text, str) else text.decode("utf-8", "replace")
+    return " ".join(text.split())[:MAX_CAPTION]
 
 
 def choose_split(found: Sequence[str], asked: str | None, where: str) -> str:

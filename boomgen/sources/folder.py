@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from boomgen.errors import UsageError
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, SPLITS, Row, choose_split
+from boomgen.sources.base import MAX_CAPTION, NO_LABEL, NO_SPLIT, OTHER_CLASS, SPLITS, Row, caption_of, choose_split
 
 EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"))
 THOUSAND = re.compile(r"\d\d000")
+CAPTION = ".txt"
 Entry = os.DirEntry[str]
 
 
@@ -23,12 +24,14 @@ class Folder:
     """Rows in the order of a sorted walk. Hidden names are skipped, and linked folders are not followed.
 
     `wanted` names the class folders in label order; images in others are passed over. Empty: all that are there.
+    With `captions`, the caption of NAME.jpg is what NAME.txt beside it says.
     """
 
     kind = "folder"
+    captions = False
 
-    def __init__(self, root: Path, split: str | None, wanted: tuple[str, ...] = ()) -> None:
-        self.passed_over = Counter[str]()
+    def __init__(self, root: Path, split: str | None, wanted: tuple[str, ...] = (), captions: bool = False) -> None:
+        self.passed_over, self.captions = Counter[str](), captions
         self.root, self.split = _choose(root, split)
         found = _classes(self.root)
         if wanted and set(wanted).isdisjoint(found):
@@ -57,7 +60,7 @@ class Folder:
     def _row(self, entry: Entry, label: int) -> Row:
         key = Path(entry.path).relative_to(self.root).as_posix()
         try:
-            return Row(key, key, 0, entry.stat().st_size, label)
+            return Row(key, key, 0, entry.stat().st_size, label, _caption(entry) if self.captions else "")
         except OSError as err:
             raise UsageError(f"{entry.path}: {err.strerror}; expected an image file: mend or remove it") from err
 
@@ -80,6 +83,8 @@ class Folder:
         if entry.is_dir() or entry.name.startswith("."):
             return
         extension = os.path.splitext(entry.name)[1].lower()
+        if extension == CAPTION and self.captions:
+            return
         self.passed_over[extension or "file without extension"] += 1
 
     def read(self, row: Row) -> bytes:
@@ -116,6 +121,14 @@ class Listed(Folder):
                 self._pass_by(1)
             else:
                 yield self._row(entry, label)
+
+
+def _caption(entry: Entry) -> str:
+    path = os.path.splitext(entry.path)[0] + CAPTION
+    if not os.path.isfile(path):
+        return ""
+    with open(path, "rb") as file:
+        return caption_of(file.read(4 * MAX_CAPTION))
 
 
 def _choose(root: Path, split: str | None) -> tuple[Path, str]:

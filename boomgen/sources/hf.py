@@ -9,9 +9,10 @@ from typing import Any
 
 from boomgen import hub
 from boomgen.errors import RowError, UsageError
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Columns, Row, choose_split
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Columns, Row, caption_of, choose_split
 
 LABEL_NAMES = ("label", "labels", "fine_label", "cls")
+CAPTION_NAMES = ("caption", "text", "prompt")
 WORDS = ("string", "large_string")
 BATCH = 10_000
 MAX_WORDS = 100_000  # different words in a column of labels
@@ -53,6 +54,7 @@ class Table:
         self._roots = [Path("/")] if saved_here else [Path(where).resolve(), *_caches()]
         self._image = _image_column(data.features, columns.image, where)
         self._label = _label_column(data.features, columns.label, where)
+        caption = _caption_column(data.features, columns.caption, where) if columns.captions else None
         feature = data.features[self._label] if self._label else None
         self.classes = tuple(feature.names) if isinstance(feature, ClassLabel) else ()
         if self._label and isinstance(feature, Value) and feature.dtype in WORDS:
@@ -63,16 +65,17 @@ class Table:
         data = data.with_format(None)
         self._images = data.select_columns([self._image]).cast_column(self._image, Image(decode=False))
         self._labels = data.select_columns([self._label]) if self._label else None
+        self._captions = data.select_columns([caption]) if caption else None
 
     def rows(self) -> Iterator[Row]:
         """The offset is the row number; sizes are not known."""
         self.passed_over.clear()
-        for i, label in enumerate(self._each_label()):
+        for i, (label, caption) in enumerate(zip(self._each_label(), self._each_caption(), strict=True)):
             place = self._place.get(label, NO_LABEL) if self._place else label
             if place == NO_LABEL != label:
                 self.passed_over[OTHER_CLASS] += 1
             else:
-                yield Row(f"{self.split}-{i:08d}", "", i, -1, place)
+                yield Row(f"{self.split}-{i:08d}", "", i, -1, place, caption)
 
     def _each_label(self) -> Iterator[int]:
         if self._labels is None:
@@ -81,6 +84,14 @@ class Table:
         for batch in self._labels.iter(batch_size=BATCH):
             for label in batch[self._label]:
                 yield self._number[label] if isinstance(label, str) else NO_LABEL if label is None else int(label)
+
+    def _each_caption(self) -> Iterator[str]:
+        if self._captions is None:
+            yield from repeat("", len(self._images))
+            return
+        (column,) = self._captions.column_names
+        for batch in self._captions.iter(batch_size=BATCH):
+            yield from (caption_of(text or "") for text in batch[column])
 
     def read(self, row: Row) -> bytes:
         """RowError where the cell is empty."""
@@ -206,6 +217,16 @@ def _label_column(features: Any, asked: str | None, where: str) -> str | None:
     raise UsageError(
         f"{where}: {asked!r} is not a column of labels; pass --label-column with one of {_named(named + other)}"
     )
+
+
+def _caption_column(features: Any, asked: str | None, where: str) -> str:
+    words = [name for name, feature in features.items() if getattr(feature, "dtype", "") in WORDS]
+    known = [asked] if asked is not None else CAPTION_NAMES
+    found = next((name for name in known if name in words), None)
+    if found is None:
+        got = "no column of captions" if asked is None else f"{asked!r} is not a column of captions"
+        raise UsageError(f"{where}: {got}; pass --caption-column with one of {_named(words)}, or drop {{caption}}")
+    return found
 
 
 def _named(names: Any) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from boomgen.errors import UsageError
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, SPLITS, Row, choose_split
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, SPLITS, Row, caption_of, choose_split
 from boomgen.untrusted import read_json, read_yaml
 
 EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp", "bmp"))
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key, fields: the key ends at the first dot of the last path part
-MAX_TEXT = 2**24  # bytes of a .cls or .json
+MAX_TEXT = 2**24  # bytes of a .cls, .json or .txt
 EXTENDED = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -30,7 +30,7 @@ class Member(NamedTuple):
     field: str
     offset: int
     size: int
-    text: bytes  # the content of a .cls or .json, else empty
+    text: bytes  # the content where the field is one to read, else empty
 
 
 class _Header(tarfile.TarInfo):
@@ -54,8 +54,9 @@ class Tars:
 
     kind = "webdataset"
 
-    def __init__(self, place: Path, split: str | None) -> None:
+    def __init__(self, place: Path, split: str | None, captions: bool = False) -> None:
         self.passed_over = Counter[str]()
+        self._read = ("cls", "json", "txt") if captions else ("cls", "json")
         self.root = place if place.is_dir() else place.parent
         self.tars, self.split = _choose(_tars(place), split, place)
         self.classes = _card_classes(self.root) or _card_classes(self.root.parent)
@@ -68,7 +69,7 @@ class Tars:
 
     def _samples(self, tar: Path) -> Iterator[Row]:
         name, seen = tar.relative_to(self.root).as_posix(), set[str]()
-        for key, members in groupby(_members(tar), lambda member: member.key):
+        for key, members in groupby(_members(tar, self._read), lambda member: member.key):
             if key in seen:
                 raise UsageError(
                     f"{tar}: the members of sample {key!r} are not next to each other; expected a WebDataset tar: "
@@ -110,8 +111,8 @@ def _choose(tars: list[Path], split: str | None, place: Path) -> tuple[list[Path
     return [tar for tar, name in named if name == chosen], chosen
 
 
-def _members(tar: Path) -> Iterator[Member]:
-    """The regular files of a tar that belong to samples, in order."""
+def _members(tar: Path, read: tuple[str, ...]) -> Iterator[Member]:
+    """The regular files of a tar that belong to samples, in order, with the texts of the fields to `read`."""
     try:
         with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
             while (info := archive.next()) is not None:
@@ -121,7 +122,7 @@ def _members(tar: Path) -> Iterator[Member]:
                 match = NAME.fullmatch(info.name)
                 if info.isreg() and match and not re.match(r"__[^/]*__($|/)", info.name):
                     field = match[2].lower()
-                    text = _text(archive, info) if field in ("cls", "json") else b""
+                    text = _text(archive, info) if field in read else b""
                     yield Member(match[1], field, info.offset_data, info.size, text)
             end = archive.offset
     except Exception as err:  # whatever `tarfile` makes of odd bytes
@@ -155,7 +156,10 @@ def _row(tar: Path, name: str, key: str, members: list[Member]) -> Row | None:
         raise UsageError(
             f"{tar}: sample {key!r} holds {len(images)} images ({fields}), expected one: write it with one"
         )
-    return Row(key, name, images[0].offset, images[0].size, _label(tar, key, members)) if images else None
+    if not images:
+        return None
+    caption = next((caption_of(member.text) for member in members if member.field == "txt"), "")
+    return Row(key, name, images[0].offset, images[0].size, _label(tar, key, members), caption)
 
 
 def _label(tar: Path, key: str, members: list[Member]) -> int:
