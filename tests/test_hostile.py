@@ -261,6 +261,26 @@ def test_a_strangers_table_cannot_name_private_files(tmp_path: Path) -> None:
     assert [source.read(row) for row in source.rows()] == [picture(1)]
 
 
+@pytest.mark.parametrize("files", ["{private}/*.parquet", "../private/*.parquet", "http://127.0.0.1:9/a.parquet"])
+def test_a_strangers_card_cannot_name_private_files(files: str, tmp_path: Path) -> None:
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"image": [{"path": None, "bytes": picture(1)}]})
+    rows = rows.cast(datasets.Features({"image": datasets.Image()}))
+    for place in ("private", "stranger"):
+        (tmp_path / place).mkdir()
+        rows.to_parquet(tmp_path / place / "rows.parquet")
+    named = files.format(private=tmp_path / "private")
+    card = tmp_path / "stranger" / "README.md"
+    card.write_text(f"---\nconfigs:\n- config_name: default\n  data_files: {named}\n---\n")
+    if ":" not in named:
+        assert datasets.load_dataset(str(tmp_path / "stranger"))["train"].num_rows == 1  # a naive reader shows it
+    with pytest.raises(UsageError, match=r"expected files of its own|does not load"):
+        open_source(str(tmp_path / "stranger"))
+    card.write_text("---\nconfigs:\n- config_name: default\n  data_files: rows.parquet\n---\n")
+    assert len(list(open_source(str(tmp_path / "stranger")).rows())) == 1
+
+
 TOKENS = {
     "HF_TOKEN": "hf_abcdefghijklmnopqrstuvwxyz012345",
     "AWS_SECRET_ACCESS_KEY": "wJalrXUtnFEMIK7MDENGbPxRfiCYEXAMPLE",

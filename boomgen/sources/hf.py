@@ -1,9 +1,10 @@
 """Hugging Face data sets: saved on disk, a folder of Parquet files, or an id on the Hub."""
 
+import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import repeat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +168,24 @@ def open_hub(name: str, split: str | None, columns: Columns, commit: str | None)
 
 
 def _load(place: Path, name: str, split: str | None, columns: Columns, remedy: str, commit: str | None = None) -> Table:
-    from datasets import disable_progress_bars, get_dataset_split_names, load_dataset
+    from datasets import disable_progress_bars, get_dataset_split_names, load_dataset, load_dataset_builder
 
     if not sys.stderr.isatty():
         disable_progress_bars()
     complaint = f"data set {name} does not load"
+    _check_files(_tried(lambda: load_dataset_builder(str(place)), complaint, remedy).config.data_files, place, name)
     splits = _tried(lambda: get_dataset_split_names(str(place)), complaint, remedy)
     chosen = choose_split(splits, split, name)
     data = _tried(lambda: load_dataset(str(place), split=chosen), complaint, remedy)
     return Table(data, chosen, columns, name, commit)
+
+
+def _check_files(files: Mapping[str, Iterable[str]] | None, place: Path, name: str) -> None:
+    """A card may name any file of this machine, or a URL; `datasets` would read it."""
+    for file in chain.from_iterable((files or {}).values()):
+        path = os.path.normpath(file.rpartition("::")[2])  # a file in an archive is ARCHIVED::ARCHIVE
+        if not Path(path).is_relative_to(place):
+            raise UsageError(f"data set {name}: its card names {path}, which is not in it; expected files of its own")
 
 
 def _tried(act: Callable[[], Any], complaint: str, remedy: str) -> Any:
