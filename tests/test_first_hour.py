@@ -91,8 +91,8 @@ def test_every_command_of_the_docs_runs(
     assert str(fashion_mnist) == str(FASHION)
     for line in blocks()[page]:
         line = line.partition("#")[0].strip()
-        making = re.match(r"boomgen (anonymize|augment|sweep|run)\b", line)
-        code = run(f"{line} --limit 12" if making and "--limit" not in line else line)
+        making = re.match(r"boomgen (anonymize|augment|enhance|sweep|run)\b", line)
+        code = run(f"{re.sub(r' --limit [0-9]+', '', line)} --limit 12" if making else line)
         told = capsys.readouterr()
         if "--gpus 8" in line:
             assert (code, told.err[:34]) == (2, "boomgen: 8 GPUs asked for, found 0")

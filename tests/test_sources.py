@@ -27,7 +27,7 @@ def test_idx_equals_a_plain_read_of_the_files():
     assert (source.kind, source.split, source.classes) == ("idx", "test", ())
     assert np.array_equal(np.stack([source.read(row) for row in rows]), images.reshape(-1, 28, 28))
     assert [row.label for row in rows] == labels.tolist()
-    assert rows[3] == ("t10k-00003", "t10k-images-idx3-ubyte.gz", 3 * 784, 784, int(labels[3]))
+    assert rows[3][:5] == ("t10k-00003", "t10k-images-idx3-ubyte.gz", 3 * 784, 784, int(labels[3]))
     assert listed(SAMPLE) == [(row.key, row.label) for row in rows]  # the only split needs no name
 
 

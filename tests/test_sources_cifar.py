@@ -75,7 +75,9 @@ def test_cifar_equals_a_plain_read_of_the_files(tmp_path, data_set):
         places = [(name, i) for name in files for i in range(counts[name])]
         labels = [label for batch in plain for label in batch[label_key.encode()]]
         rows, images = read(tmp_path, split)
-        assert rows == [(f"{split}-{n:05d}", *place, 3072, labels[n]) for n, place in enumerate(places)]
+        assert [row[:5] for row in rows] == [
+            (f"{split}-{n:05d}", *place, 3072, labels[n]) for n, place in enumerate(places)
+        ]
         planes = np.concatenate([batch[b"data"] for batch in plain])
         assert np.array_equal(images, planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
     assert open_source(str(tmp_path)).classes == tuple(f"clàss {i}" for i in range(10 if data_set is CIFAR10 else 100))

@@ -28,7 +28,7 @@ def test_a_saved_data_set(tmp_path):
     assert (source.kind, source.split, source.classes) == ("huggingface", "data", ("cat", "dog"))
     assert listed(tmp_path) == [(f"data-{i:08d}", i % 2) for i in range(4)]
     rows = list(source.rows())
-    assert rows[2] == ("data-00000002", "", 2, -1, 0)
+    assert rows[2][:5] == ("data-00000002", "", 2, -1, 0)
     assert [source.read(row) for row in rows] == [picture(i) for i in range(4)]
     with pytest.raises(OSError, match="has 4 rows"):
         source.read(rows[3]._replace(offset=4))
