@@ -28,6 +28,7 @@ from .scanner import leaks
 from .source_checks import member, picture, write_tar
 from .test_secret import processes
 
+WEIGHTS, PICKLED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 ESCAPES = "\x1b]0;pwned\x07\x1b[2J\u202e"
 
 
@@ -54,8 +55,8 @@ def test_pickled_weights_do_not_run(tiny_model: Path, tmp_path: Path, marker: Pa
     import torch
 
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    (folder / "unet" / models.WEIGHTS).unlink()
-    weights = folder / "unet" / models.PICKLED
+    (folder / "unet" / WEIGHTS).unlink()
+    weights = folder / "unet" / PICKLED
     torch.save({"conv_in.weight": Program(marker)}, weights)
     torch.load(weights, weights_only=False)
     assert marker.exists()
@@ -74,8 +75,8 @@ def test_pickled_weights_of_numbers_are_read_when_allowed(
     from safetensors.torch import load_file
 
     folder = shutil.copytree(tiny_model, tmp_path / "model")
-    weights = folder / "unet" / models.WEIGHTS
-    torch.save(load_file(weights), folder / "unet" / models.PICKLED)
+    weights = folder / "unet" / WEIGHTS
+    torch.save(load_file(weights), folder / "unet" / PICKLED)
     weights.unlink()
     safe = finish(plan_tiny(tmp_path / "safe"))
     job = f"--dataset {safe.plan.job.dataset} --model {folder} --t-boom 0.4 --steps 10 --batch-size 8 --shard-size 16"

@@ -9,6 +9,7 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, LCMScheduler, 
 from diffusers.schedulers import scheduling_ddpm, scheduling_lcm, scheduling_sde_ve
 
 from boomgen.boomerang import ancestral, boomerang, forward
+from boomgen.job import SAMPLER_NAMES
 from boomgen.levels import respaced, spaced, variance_exploding
 from boomgen.noise import Stream
 from boomgen.samplers import SAMPLERS, SNR, dpm, guided, learned, one_call, predictor_corrector, renoise
@@ -217,6 +218,10 @@ def test_guidance_where_nothing_of_the_image_is_left():
 
 
 # --------------------------------------------------------------------------------------------------------- all of them
+
+
+def test_the_names_that_a_job_may_give_are_those_there_are():
+    assert set(SAMPLER_NAMES) == set(SAMPLERS)
 
 
 @pytest.mark.parametrize("name", SAMPLERS)

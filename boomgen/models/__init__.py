@@ -15,7 +15,6 @@ from boomgen.errors import BoomgenError, UsageError
 from boomgen.models.folder import INDEX, Folder, sha256_of
 from boomgen.sources import HUB_ID
 
-WEIGHTS, PICKLED = "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"
 Prediction = Literal["epsilon", "sample", "v_prediction", "score", "velocity", "consistency"]
 IMAGENET = 1000  # classes, in the order of their sorted WordNet ids
 VARIANCE_PRESERVING = ("epsilon", "sample", "v_prediction")
