@@ -146,8 +146,8 @@ def models(args: argparse.Namespace) -> int:
 
 
 def import_model(args: argparse.Namespace) -> int:
+    from boomgen.models.checkpoints import import_checkpoint
     from boomgen.models.describe import described
-    from boomgen.models.pesser import import_checkpoint
 
     out = Path(args.out or Path(args.what).stem)
     import_checkpoint(Path(args.what), out, args.size)
@@ -334,7 +334,7 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     what = "models that are known by name; show: what one is; import: one from an original checkpoint"
     about = command("models", models, what, "", "show fashion-patched-ddpm")
     about.add_argument("action", nargs="?", default="list", choices=["list", "show", "import"])
-    known = "preset, model folder or hub id to show; checkpoint of pytorch_diffusion or FastDPM to import"
+    known = "preset, folder or hub id to show; checkpoint of pytorch_diffusion, FastDPM or guided-diffusion to import"
     about.add_argument("what", nargs="?", help=known).complete = shtab.FILE  # type: ignore[attr-defined]
     folder = "folder that import writes (default: the file's name, without its ending)"
     about.add_argument("--out", help=folder).complete = shtab.DIRECTORY  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ def environment(device: str) -> dict[str, str]:
     found = {
         "boomgen": __version__,
         "torch": torch.__version__,
-        **{name: metadata.version(name) for name in ("diffusers", "numpy", "pyarrow", "pillow")},
+        **{name: metadata.version(name) for name in ("diffusers", "transformers", "numpy", "pyarrow", "pillow")},
         "codecs": " ".join(f"{name} {version}" for name, version in codecs.items() if version),
     }
     if device == "cuda":

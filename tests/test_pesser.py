@@ -11,7 +11,7 @@ import torch
 from boomgen.cli import main
 from boomgen.levels import spaced
 from boomgen.models import inspect, network
-from boomgen.models.pesser import import_checkpoint
+from boomgen.models.checkpoints import import_checkpoint
 
 from .chains import ABAR
 
@@ -101,7 +101,7 @@ def without(part):
     return {name: tensor for name, tensor in STATE.items() if not name.startswith(part)}
 
 
-HOLDS = "model.ckpt holds {}; expected a checkpoint of the DDPM networks of pytorch_diffusion or FastDPM"
+HOLDS = "model.ckpt holds {}; expected a checkpoint of pytorch_diffusion, FastDPM or guided-diffusion"
 SHAPE = HOLDS.split(";")[0].format("a network of another shape: ")
 loops = []
 loops.append(loops)
@@ -115,8 +115,8 @@ HUGE = torch.zeros(1).expand(2**20, 3, 3, 2**10)
         (b"\x89PNG\r\n", HOLDS.format("no tensors as torch.save writes them")),
         (pickle.dumps(Evil()), HOLDS.format("no tensors as torch.save writes them")),
         ({**STATE, "more": Evil()}, HOLDS.format("no tensors as torch.save writes them")),
-        ({"weight": torch.zeros(3)}, HOLDS.format("no weights of that network")),
-        (loops, HOLDS.format("no weights of that network")),
+        ({"weight": torch.zeros(3)}, HOLDS.format("no weights of such a network")),
+        (loops, HOLDS.format("no weights of such a network")),
         (without("down"), SHAPE),
         (without("mid.attn_1.q"), SHAPE),
         ({**STATE, "lonely": torch.zeros(3)}, SHAPE),

@@ -38,15 +38,21 @@ def _folder(info: ModelInfo) -> Path:
 
 
 def _loaded(info: ModelInfo, dtype: torch.dtype) -> torch.nn.Module:
-    import diffusers
-
-    kind = getattr(diffusers, info.kind)
-    net: torch.nn.Module = kind.from_pretrained(
+    net: torch.nn.Module = _class(info.kind).from_pretrained(
         _folder(info), torch_dtype=dtype, use_safetensors=not info.pickled, variant=info.variant
     )
     if info.lora:
         _fuse(info, net)
     return net
+
+
+def _class(kind: str) -> Any:
+    """The network's class in diffusers, or boomgen's own."""
+    import diffusers
+
+    from boomgen.models.adm import GuidedDiffusionUNet
+
+    return GuidedDiffusionUNet if kind == GuidedDiffusionUNet.__name__ else getattr(diffusers, kind)
 
 
 def _fuse(info: ModelInfo, net: Any) -> None:
@@ -65,9 +71,7 @@ def _fuse(info: ModelInfo, net: Any) -> None:
 
 
 def _shapes(info: ModelInfo) -> torch.nn.Module:
-    import diffusers
-
-    kind = getattr(diffusers, info.kind)
+    kind = _class(info.kind)
     with torch.device("meta"):
         net: torch.nn.Module = kind.from_config(kind.load_config(_folder(info)))
     return net

@@ -1,25 +1,21 @@
-"""Checkpoints of the DDPM networks of pytorch_diffusion (P. Esser) and FastDPM, written anew as a folder of diffusers.
+"""Checkpoints of the DDPM networks of pytorch_diffusion (P. Esser) and FastDPM, as networks of diffusers.
 
 Both name and shape the weights of Ho et al. 2020 alike, and so do DDIM's checkpoints. The network follows from the
 shapes; only the side of its images cannot be told by them.
 """
 
-import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from boomgen.errors import UsageError
+from boomgen.models.checkpoints import Imported, State, plain
 
-State = Mapping[str, Tensor]
+MARK = "conv_in.weight"
 SIZES = {4: 32, 5: 64, 6: 256}
 """Side of the images by number of resolutions: CIFAR-10; CelebA; LSUN and CelebA-HQ."""
-NEST = 2  # how deep in lists and dicts, beside optimisers and counters, a state dict may lie
 RENAMED = {
     ".temb.dense.0.": ".time_embedding.linear_1.",
     ".temb.dense.1.": ".time_embedding.linear_2.",
@@ -43,8 +39,8 @@ RENAMED = {
 }
 
 
-def convert(state: State, size: int | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config of a UNet2DModel and its weights, fp32, from an original state dict.
+def convert(state: State, size: int | None = None) -> Imported:
+    """The UNet2DModel of an original state dict.
 
     `size`: side of the images, pixels; by default what the original networks of as many resolutions had.
 
@@ -52,6 +48,8 @@ def convert(state: State, size: int | None = None) -> tuple[dict[str, Any], dict
         KeyError: a weight is missing that tells the shape of the network.
         UsageError: the size is not known, or cannot be halved as often as the network does it.
     """
+    import diffusers
+
     depth = _number(state, "down.{}.block.0.conv1.weight")
     widths = [len(state[f"down.{level}.block.0.conv1.weight"]) for level in range(depth)]
     attended = [f"down.{level}.attn.0.q.weight" in state for level in range(depth)]
@@ -70,7 +68,12 @@ def convert(state: State, size: int | None = None) -> tuple[dict[str, Any], dict
         "flip_sin_to_cos": False,
         "freq_shift": 1,
     }
-    return config, {_renamed(name, depth): _weight(name, tensor) for name, tensor in state.items()}
+    weights = {_renamed(name, depth): _weight(name, tensor) for name, tensor in state.items()}
+    with torch.device("meta"):  # nothing is drawn that the weights replace at once
+        network: Any = diffusers.UNet2DModel(**config)
+    network.load_state_dict(weights, assign=True)
+    scheduler: Any = diffusers.DDPMScheduler(beta_end=0.02, variance_type="fixed_small", clip_sample=False)
+    return Imported(network, scheduler, {})
 
 
 def _number(state: State, name: str) -> int:
@@ -104,72 +107,5 @@ def _renamed(name: str, depth: int) -> str:
 
 def _weight(name: str, tensor: Tensor) -> Tensor:
     """In attention, convolutions of 1x1 are matrices."""
-    if tensor.nbytes > tensor.untyped_storage().nbytes():
-        raise ValueError(f"{name} is {tuple(tensor.shape)}, more than was saved")
-    tensor = tensor.detach().float().clone(memory_format=torch.contiguous_format)
+    tensor = plain(name, tensor)
     return tensor.flatten(1) if ".attn" in name and tensor.dim() == 4 else tensor
-
-
-def import_checkpoint(file: Path, out: Path, size: int | None = None) -> None:
-    """Write the network and the scheduler that it was trained for, as diffusers saves them, to a new folder.
-
-    Raises:
-        UsageError: not such a checkpoint, an unknown size, or the folder exists.
-        OSError: the file cannot be read, or the folder not be written.
-    """
-    import diffusers
-
-    if out.exists():
-        raise UsageError(f"--out {out} exists; expected a new folder")
-    state = _state(file)
-    try:
-        config, weights = convert(state, size)
-        with torch.device("meta"):  # nothing is drawn that the weights replace at once
-            network: Any = diffusers.UNet2DModel(**config)
-        network.load_state_dict(weights, assign=True)
-    except (MemoryError, UsageError):
-        raise
-    except Exception as err:  # torch and diffusers have a dozen kinds for shapes that do not fit each other
-        raise _refuse(file, f"a network of another shape: {' '.join(str(err).split())[:200]}") from err
-    scheduler: Any = diffusers.DDPMScheduler(beta_end=0.02, variance_type="fixed_small", clip_sample=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as staging:
-        made = Path(staging) / out.name
-        network.save_pretrained(made / "unet")
-        scheduler.save_pretrained(made / "scheduler")
-        made.rename(out)
-
-
-def _state(file: Path) -> State:
-    """The state dict in a file, read as data only; averaged weights (EMA) where there are some."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of pickles of another protocol
-            saved = torch.load(file, map_location="cpu", weights_only=True)
-    except (MemoryError, FileNotFoundError, PermissionError, IsADirectoryError):
-        raise
-    except Exception as err:
-        raise _refuse(file, "no tensors as torch.save writes them") from err
-    found = list(_states(saved, NEST))
-    if not found:
-        raise _refuse(file, "no weights of that network")
-    return max(enumerate(found), key=lambda each: ("ema" in each[1][0], each[0]))[1][1]
-
-
-def _states(saved: Any, nest: int, place: str = "") -> Iterator[tuple[str, State]]:
-    """Every state dict of such a network, and where it lies; DDIM's lists have the averaged weights last."""
-    if isinstance(saved, Mapping):
-        named = {str(name).removeprefix("module."): value for name, value in saved.items()}
-        if isinstance(named.get("conv_in.weight"), Tensor):
-            yield place, {name: value for name, value in named.items() if isinstance(value, Tensor)}
-            return
-        inner = list(named.items())
-    else:
-        inner = [(str(i), value) for i, value in enumerate(saved)] if isinstance(saved, list | tuple) else []
-    for name, value in inner if nest else ():
-        yield from _states(value, nest - 1, f"{place}.{name}".lower())
-
-
-def _refuse(file: Path, found: str) -> UsageError:
-    return UsageError(
-        f"{file} holds {found}; expected a checkpoint of the DDPM networks of pytorch_diffusion or FastDPM"
-    )

@@ -1,4 +1,4 @@
-"""Pixel-space UNets of diffusers: DDPM (whole or on patches, with or without classes), NCSN++, consistency models."""
+"""Pixel-space UNets: DDPM (whole or on patches, with or without classes), NCSN++, consistency models, ADM."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from boomgen.models import VARIANCE_PRESERVING, ModelInfo
 from boomgen.models.folder import SCHEDULER, Config, Folder, Own
 
-KINDS = ("UNet2DModel",)
+KINDS = ("UNet2DModel", "GuidedDiffusionUNet")  # the second is boomgen's own, in adm
 SCORE, CONSISTENCY = "ScoreSdeVeScheduler", "CMStochasticIterativeScheduler"
 
 
@@ -33,11 +33,12 @@ class _Scheduler(Config):
 
 
 def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
-    """A UNet2DModel beside a scheduler that tells how it was trained."""
+    """A network beside a scheduler that tells how it was trained."""
     unet_file, scheduler_file = folder.part("unet") / "config.json", folder.part("scheduler") / SCHEDULER
     unet, scheduler = folder.checked(_UNet, unet_file), folder.checked(_Scheduler, scheduler_file)
-    kind, own = str(folder.read(scheduler_file).get("_class_name")), folder.own
-    prediction: Any = {SCORE: "score", CONSISTENCY: "consistency"}.get(kind, scheduler.prediction_type)
+    kind, own = str(folder.read(unet_file)["_class_name"]), folder.own
+    trained = str(folder.read(scheduler_file).get("_class_name"))
+    prediction: Any = {SCORE: "score", CONSISTENCY: "consistency"}.get(trained, scheduler.prediction_type)
     _check(folder, unet, scheduler, prediction)
     channels, rest = divmod(unet.in_channels, own.patch**2)
     if rest or channels not in (1, 3):
@@ -55,7 +56,7 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
         pickled=weights[0].suffix == ".bin",
         variant=folder.variant("unet"),
         family="pixel-unet",
-        kind="UNet2DModel",
+        kind=kind,
         size=size,
         channels=channels,
         state=(channels, size, size),
@@ -72,7 +73,7 @@ def recognise(folder: Folder, index: dict[str, Any]) -> ModelInfo:
         snr=scheduler.snr if prediction == "score" else None,
         sigma_min=(scheduler.sigma_min or 0.002) if prediction == "consistency" else None,
         licence=str(own.licence),
-        why=(f"unet/ is a UNet2DModel of {unet.in_channels} channels", f"scheduler/ is a {kind}: {prediction}"),
+        why=(f"unet/ is a {kind} of {unet.in_channels} channels", f"scheduler/ is a {trained}: {prediction}"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Tiny random models of every family, as diffusers itself saves them."""
+"""Tiny random models of every family, as diffusers itself saves them, or imported."""
 
 import json
 import warnings
@@ -325,3 +325,23 @@ def consistency(place: Path) -> None:
 
     net = unet(num_class_embeds=10)
     ConsistencyModelPipeline(net, CMStochasticIterativeScheduler()).save_pretrained(place)
+
+
+def guided_diffusion(card: str, place: Path) -> None:
+    """An original state dict of azula's network, imported."""
+    from boomgen.models import adm, checkpoints
+
+    from . import ablated
+
+    state = ablated.denoiser(card).backbone.state_dict()
+    checkpoints.write(adm.convert(state, known=ablated.CARDS), place)
+
+
+@folder
+def ablated_classes(place: Path) -> None:
+    guided_diffusion("classes", place)
+
+
+@folder
+def ablated_cosine(place: Path) -> None:
+    guided_diffusion("cosine", place)

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from boomgen.noise import Stream
 
+from . import ablated
+
 Noise = Callable[[Stream, int], Tensor]
 Predict = Callable[[Tensor, Tensor], Tensor]
 """(x, t) -> the network's output."""
@@ -203,6 +205,25 @@ def adm(case: Case, x: Tensor) -> Tensor:
     unet, scheduler = _parts(case)
     labels = torch.tensor(case.labels)
     return ddpm_chain(case, scheduler, x, lambda x, t: unet(x, t, class_labels=labels).sample)
+
+
+def ablated_classes(case: Case, x: Tensor) -> Tensor:
+    """azula's network, with the variance that it learned by diffusers."""
+    from diffusers import DDPMScheduler
+
+    unet, labels = ablated.denoiser("classes").backbone, torch.tensor(case.labels)
+    scheduler = DDPMScheduler(beta_end=0.02, variance_type="learned_range")
+    return ddpm_chain(case, scheduler, x, lambda x, t: unet(x, t.expand(len(x)), y=labels))
+
+
+def ablated_cosine(case: Case, x: Tensor) -> Tensor:
+    """azula's denoiser, which tells and clips the clean image."""
+    from diffusers import DDPMScheduler
+
+    net = ablated.denoiser("cosine")
+    told = {"prediction_type": "sample", "clip_sample": False}
+    scheduler = DDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_small", **told)
+    return ddpm_chain(case, scheduler, x, lambda x, t: net(x, t).mean)
 
 
 def patched(case: Case, x: Tensor) -> Tensor:

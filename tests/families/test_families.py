@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple[Callable[[Case, Any], Any], float, dict[str, Any]]] = 
     "flux_schnell": (references.flux, 1.0, FLOW),
     "ddpm": (references.pixels, 1.0, {}),
     "adm": (references.adm, 1.0, {"sampler": "learned"}),
+    "ablated_classes": (references.ablated_classes, 1.0, {"sampler": "learned"}),
+    "ablated_cosine": (references.ablated_cosine, 1.0, {}),
     "patched": (references.patched, 1.5, {"sampler": "learned", "guidance": 1.5}),
     "ncsnpp": (references.ncsnpp, 1.0, {"sampler": "predictor-corrector", "batch_size": 1}),
     "consistency": (references.consistency, 1.0, {"steps": 40}),
