@@ -107,7 +107,7 @@ def test_a_prompt_is_filled_with_the_class(source: Path, folder: Path, tmp_path:
     for made, told in ((run, ["a photo of a cat", "a photo of a dog", "a photo of a"]), (one, ["an animal"] * 3)):
         (text,) = Worker(made).denoiser.prepare(torch.tensor([0, 1, -1]))
         info = made.plan.model
-        _, *expected = conditions.encode_prompts(info, ("", *told), torch.float32, "cpu")[0]
+        _, *expected = conditions.encode_prompts(info, ("", *told), "float32", "cpu")[0]
         torch.testing.assert_close(text, torch.stack(expected))
     assert shard(run) != shard(one)
 
