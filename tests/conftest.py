@@ -186,7 +186,7 @@ def real_run(fashion_mnist: Path, secret_file: Path, tmp_path_factory: pytest.Te
     out = shared / "real-run"
     source = ["--dataset", "fashion-mnist", "--data-dir", fashion_mnist, "--split", "test", "--limit", 1000]
     where = ["--device", "cpu", "--workers", 2, "--secret-file", secret_file, "--out", out]
-    chain = ["--t-boom", 0.4, "--steps", 50]  # half the calls of the default, at the same noise
+    chain = ["--t-boom", 0.4, "--steps", 25]  # a quarter of the calls of the default, at the same noise
     command = [sys.executable, "-m", "boomgen", "anonymize", *source, *chain, *where]
     with (shared / "real-run.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed

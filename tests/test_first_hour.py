@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boomgen import cli
+from boomgen import cli, env
 
 from .conftest import FASHION
 from .test_docs import PAGES
@@ -30,6 +30,12 @@ def examples() -> Iterator[tuple[str, str]]:
     for name, parser in parsers().items():
         for line in str(parser.epilog).splitlines()[1:]:
             yield name, line.strip()
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker for each run: most of the time of these small ones goes into starting workers."""
+    monkeypatch.setattr(env, "cores", lambda: 1)
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
