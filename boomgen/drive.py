@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from types import FrameType
 
 from boomgen import env
-from boomgen.engines.local import Event, LocalEngine
+from boomgen.engines.handout import Event
+from boomgen.engines.local import LocalEngine
 from boomgen.errors import BoomgenError, Stopped
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
@@ -52,7 +53,7 @@ def resume(run: RunDir, launch: Launch) -> Status:
 def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
     kind, workers = env.choose_device(launch.model_copy(update=_as_planned(run, launch)))
     devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
-    engine = LocalEngine(run, devices, launch.allow_mixed)
+    engine = LocalEngine(run, devices, launch.allow_mixed, launch.patience)
     with _closing(engine.run(missing)) as events:
         show(run.plan, missing, events)
 
