@@ -82,7 +82,9 @@ def work(args: argparse.Namespace) -> int:
     run = RunDir(args.run)
     shards = numbers(args.shards, run.plan.shards) if args.shards else None
     drive.work(run, launch, ranks.part(args.part) if args.part else None, shards)
-    return _summary(run.path) if drive.is_first() else DONE
+    if drive.is_first():
+        _say(_status_text(run.path))
+    return DONE
 
 
 def status(args: argparse.Namespace) -> int:
