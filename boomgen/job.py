@@ -118,6 +118,10 @@ class Launch(_Options):
     device: Literal["cuda", "cpu"] | None = _option("kind of device (default: cuda where there is one)")
     gpus: int | None = _option("number of GPUs, one worker each (default: all)", ge=1)
     workers: int | None = _option("number of CPU workers (default: one per core)", ge=1)
+    patience: float | None = _option(
+        "seconds without a batch after which a worker is taken for hung (default: 20 times the longest, at least 600)",
+        gt=0,
+    )
     secret_file: str | None = _option(
         "file with the run's secret, 64 hexadecimal digits (anonymize; default: a new one)"
     )

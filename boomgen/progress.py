@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm import tqdm
 
-from boomgen.engines.local import Event
+from boomgen.engines.handout import Event
 from boomgen.plan import Plan, terms
 from boomgen.untrusted import printable
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from boomgen import progress
-from boomgen.engines.local import Event
+from boomgen.engines.handout import Event
 
 from .conftest import PlanTiny
 

@@ -15,17 +15,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from boomgen import env
+from boomgen.engines.handout import ATTEMPTS, Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
-
-ATTEMPTS = 3
-"""A shard that failed so often is set aside, and the rest goes on."""
-
 
 SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET", re.IGNORECASE)
 """Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
@@ -35,16 +33,6 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 """The plan names commits that are in the cache: of many workers, none may ask the Hub."""
 
 
-class Event(NamedTuple):
-    """What a worker said. kind: ready, tick, done, failed, fatal; or lost (it died), gone (it never starts)."""
-
-    kind: str
-    shard: int
-    text: str = ""
-    rows: int = 0
-    ok: int = 0
-
-
 class _Hand:
     """One worker process, as the driver sees it."""
 
@@ -52,8 +40,7 @@ class _Hand:
         run.logs.mkdir(exist_ok=True)
         self.number, self.device = number, device
         self.log = run.logs / f"worker-{number:03d}.log"
-        self.shard: int | None = None
-        self.started, self.idle = False, False
+        self.started, self.idle, self.hung = False, False, False
         self._rest = b""
         command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(int(allow_mixed))]
         with self.log.open("ab") as log:
@@ -68,7 +55,7 @@ class _Hand:
         self._write(json.dumps({name: value for name, value in os.environ.items() if SECRETS.search(name)}))
 
     def give(self, shard: int) -> None:
-        self.shard, self.idle = shard, False
+        self.idle = False
         self._write(str(shard))
 
     def _write(self, line: str) -> None:
@@ -102,13 +89,14 @@ class _Hand:
 
 
 class LocalEngine:
-    """Hands out shards to one worker per device."""
+    """Hands out shards to one worker per device. `patience`: as HandOut has it."""
 
-    def __init__(self, run: RunDir, devices: Sequence[str], allow_mixed: bool = False) -> None:
-        self.run_dir, self.devices, self.allow_mixed = run, devices, allow_mixed
+    def __init__(
+        self, run: RunDir, devices: Sequence[str], allow_mixed: bool = False, patience: float | None = None
+    ) -> None:
+        self.run_dir, self.devices, self.allow_mixed, self.patience = run, devices, allow_mixed, patience
         self.hands: dict[int, _Hand] = {}
         self.selector = selectors.DefaultSelector()
-        self.failures: collections.Counter[int] = collections.Counter()
         self.stillborn: collections.Counter[int] = collections.Counter()
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
@@ -117,78 +105,70 @@ class LocalEngine:
         Raises:
             BoomgenError: no worker can start; or, when all others are done, shards failed ATTEMPTS times.
         """
-        queue = collections.deque(shards)
-        aside: dict[int, str] = {}
+        handout = HandOut(shards, self.patience)
         try:
-            for number, device in enumerate(self.devices[: len(queue)]):
+            for number, device in enumerate(self.devices[: len(shards)]):
                 self._start(number, device)
-            while queue or any(hand.shard is not None for hand in self.hands.values()):
+            while handout.open:
                 for key, _ in self.selector.select(timeout=1.0):
-                    for event in self._step(key.data, queue):
+                    for event in self._step(key.data, handout):
                         yield event
                         if event.kind == "fatal":
                             raise BoomgenError(event.text)
-                        if event.kind in ("failed", "lost") and self.failures[event.shard] >= ATTEMPTS:
-                            aside[event.shard] = event.text
+                self._wake(handout)
         finally:
             for hand in self.hands.values():
                 hand.end()
             for hand in self.hands.values():
                 hand.close()
-        if aside:
-            shard, text = next(iter(aside.items()))
-            raise BoomgenError(
-                f"{len(aside)} shards failed {ATTEMPTS} times and were set aside; shard {shard}: {text}; "
-                f"see boomgen logs {self.run_dir.path}"
-            )
+        set_aside(handout.aside, self.run_dir.path)
 
     def _start(self, number: int, device: str) -> None:
         hand = _Hand(self.run_dir, number, device, self.allow_mixed)
         self.hands[number] = hand
         self.selector.register(hand.process.stdout, selectors.EVENT_READ, hand)  # type: ignore[arg-type]
 
-    def _step(self, hand: _Hand, queue: collections.deque[int]) -> list[Event]:
+    def _step(self, hand: _Hand, handout: HandOut) -> list[Event]:
         events = hand.events()
         if events is None:
-            return self._lost(hand, queue)
+            return self._lost(hand, handout)
         for event in events:
-            if event.kind in ("done", "failed"):
-                hand.shard = None
+            now = time.monotonic()
+            if event.kind == "tick":
+                handout.tick(hand.number, now)
+            if event.kind == "done":
+                handout.done(hand.number, now)
             if event.kind == "failed":
-                self._again(event.shard, queue)
+                handout.failed(hand.number, event.text)
             if event.kind in ("ready", "done"):
                 hand.started, hand.idle = True, True
-        self._wake(queue)
         return events
 
-    def _wake(self, queue: collections.deque[int]) -> None:
-        """Whoever is idle takes the next shard, also one that came back."""
+    def _wake(self, handout: HandOut) -> None:
+        """Whoever is idle takes the next shard, also one that came back; whoever is hung is killed."""
+        now = time.monotonic()
         for hand in self.hands.values():
-            if queue and hand.idle:
-                hand.give(queue.popleft())
+            if hand.idle and (shard := handout.take(hand.number, now)) is not None:
+                hand.give(shard)
+        for number in handout.overdue(now):
+            self.hands[number].hung = True
+            self.hands[number].process.kill()  # and its closed pipe tells of it
 
-    def _lost(self, hand: _Hand, queue: collections.deque[int]) -> list[Event]:
+    def _lost(self, hand: _Hand, handout: HandOut) -> list[Event]:
         self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
         hand.close()
         self.stillborn[hand.number] = 0 if hand.started else self.stillborn[hand.number] + 1
         del self.hands[hand.number]
         if self.stillborn[hand.number] >= ATTEMPTS:
-            if queue and not self.hands:
+            if handout.open and not self.hands:
                 raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
             return [Event("gone", -1, f"worker {hand.number} ({hand.device}) dies while starting; see {hand.log}")]
-        events = []
-        if hand.shard is not None:
-            self._again(hand.shard, queue)
-            cause = f"worker {hand.number} died with exit code {hand.process.returncode}"
-            events.append(Event("lost", hand.shard, cause))
-        if queue:
+        code = hand.process.returncode
+        cause = f"worker {hand.number} {'hung and was killed' if hand.hung else f'died with exit code {code}'}"
+        lost = handout.failed(hand.number, cause)
+        if handout.open:
             self._start(hand.number, hand.device)
-        return events
-
-    def _again(self, shard: int, queue: collections.deque[int]) -> None:
-        self.failures[shard] += 1
-        if self.failures[shard] < ATTEMPTS:
-            queue.append(shard)
+        return [] if lost is None else [Event("lost", lost, cause)]
 
 
 def serve(path: str, device: str, allow_mixed: bool) -> int:
@@ -219,25 +199,34 @@ def serve(path: str, device: str, allow_mixed: bool) -> int:
     return 0
 
 
-def _serve_shard(worker: Any, shard: int, say: Any) -> None:
+def make_logged(worker: Any, shard: int, tick: Callable[[int], None], log: Callable[[str], None]) -> dict[str, Any]:
+    """Make one shard; its done record. What came of it, with the time of its beginning, goes to the log."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
-        record = worker.make_shard(shard, lambda rows: say("tick", shard, rows=rows))
+        record: dict[str, Any] = worker.make_shard(shard, tick)
+    except (BrokenPipeError, BoomgenError):
+        raise
+    except Exception:
+        log(f"{stamp} shard {shard} failed\n{traceback.format_exc()}")
+        raise
+    seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
+    log(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}")
+    return record
+
+
+def _serve_shard(worker: Any, shard: int, say: Any) -> None:
+    try:
+        record = make_logged(worker, shard, lambda rows: say("tick", shard, rows=rows), _log)
     except BrokenPipeError:
         sys.exit(75)  # the driver has gone
     except BoomgenError as err:
         say("fatal", shard, text=str(err))
     except Exception as err:
-        import traceback
-
-        _log(f"{stamp} shard {shard} failed\n{traceback.format_exc()}")
         say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
         if not isinstance(err, OSError | BoomgenError):
             sys.exit(1)  # a device that failed once may fail for ever in this process; the driver starts a fresh one
         say("ready")
     else:
-        seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
-        _log(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}")
         say("done", shard, rows=record["rows"], ok=record["ok"])
 
 

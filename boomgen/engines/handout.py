@@ -1,0 +1,120 @@
+"""Which shard is made next, and by whom: what all engines with a driver share.
+
+It knows no processes and no clocks. A shard may be made twice, since both give the same bytes and one is published;
+so a straggler's shard is handed out again near the end, and a worker that says nothing for long is given up.
+"""
+
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from boomgen.errors import BoomgenError
+
+ATTEMPTS = 3
+"""A shard that failed so often is set aside, and the rest goes on."""
+STRAGGLES = 2.0
+"""Times the usual time of a shard, after which it is handed out a second time if nothing else is left to do."""
+SLOWEST = 20
+"""Times the longest silence so far, after which a worker is taken for hung."""
+PATIENCE = 600.0  # seconds, at the least
+WORTH = 10.0  # seconds; a shard that has been in hand for less is not handed out again
+RECENT = 101  # shards that the usual time is taken of
+
+
+class Event(NamedTuple):
+    """What is told of a run. kind: ready, tick, done, failed, fatal; lost (a worker died) or gone (it never starts)."""
+
+    kind: str
+    shard: int
+    text: str = ""
+    rows: int = 0
+    ok: int = 0
+
+
+class _Held(NamedTuple):
+    shard: int
+    since: float
+    heard: float
+
+
+class HandOut:
+    """Shards, first to last, to workers that ask. Times are seconds of any one clock.
+
+    `patience`: silence after which a worker with a shard is overdue; None: PATIENCE, and only once something was heard
+    of any worker, since nobody knows how long a first batch takes.
+    """
+
+    def __init__(self, shards: Sequence[int], patience: float | None = None) -> None:
+        self.queue, self.open = deque(shards), set(shards)
+        self.failures, self.aside = Counter[int](), dict[int, str]()
+        self._held: dict[int, _Held] = {}
+        self._recent = deque[float](maxlen=RECENT)
+        self._asked, self._silence = patience, 0.0
+
+    def take(self, worker: int, now: float) -> int | None:
+        """The next shard for an idle worker; None where there is nothing to do for it now."""
+        while self.queue:
+            if (shard := self.queue.popleft()) in self.open:  # it may have been made meanwhile, by a straggler
+                return self._hold(worker, shard, now)
+        straggling = self._straggler(now)
+        return None if straggling is None else self._hold(worker, straggling, now)
+
+    def _hold(self, worker: int, shard: int, now: float) -> int:
+        self._held[worker] = _Held(shard, now, now)
+        return shard
+
+    def _straggler(self, now: float) -> int | None:
+        if not self._recent:
+            return None
+        copies = Counter(held.shard for held in self._held.values())
+        single = [held for held in self._held.values() if held.shard in self.open and copies[held.shard] == 1]
+        first = min(single, key=lambda held: held.since, default=None)
+        return first.shard if first and now - first.since > max(WORTH, STRAGGLES * median(self._recent)) else None
+
+    def held(self, worker: int) -> int | None:
+        """The shard that a worker has in hand."""
+        return self._held[worker].shard if worker in self._held else None
+
+    def tick(self, worker: int, now: float) -> None:
+        """A worker said that it goes on."""
+        if held := self._held.get(worker):
+            self._silence = max(self._silence, now - held.heard)
+            self._held[worker] = held._replace(heard=now)
+
+    def done(self, worker: int, now: float) -> None:
+        """A worker has made its shard."""
+        self.tick(worker, now)
+        held = self._held.pop(worker)
+        self._recent.append(now - held.since)
+        self.open.discard(held.shard)
+
+    def failed(self, worker: int, why: str) -> int | None:
+        """A worker could not make its shard, or has gone: the shard, for somebody else to try; None: it had none."""
+        if (held := self._held.pop(worker, None)) is None or held.shard not in self.open:
+            return None
+        self.failures[held.shard] += 1
+        if self.failures[held.shard] < ATTEMPTS:
+            self.queue.append(held.shard)
+        else:
+            self.open.discard(held.shard)
+            self.aside[held.shard] = why
+        return held.shard
+
+    def overdue(self, now: float) -> list[int]:
+        """Workers with a shard that have said nothing for too long."""
+        if self._asked is None and not self._silence:
+            return []
+        limit = max(PATIENCE if self._asked is None else self._asked, SLOWEST * self._silence)
+        return [worker for worker, held in self._held.items() if now - held.heard > limit]
+
+
+def set_aside(aside: Mapping[int, str], run: Path) -> None:
+    """Raises BoomgenError where shards were set aside."""
+    if aside:
+        shard, text = next(iter(aside.items()))
+        raise BoomgenError(
+            f"{len(aside)} shards failed {ATTEMPTS} times and were set aside; shard {shard}: {text}; "
+            f"see boomgen logs {run}"
+        )
