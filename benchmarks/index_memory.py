@@ -1,23 +1,28 @@
 """Peak memory while a source is indexed: made-up rows, of which no file exists, and a folder of real, empty ones.
 
     python benchmarks/index_memory.py            # 100,000 and 1,000,000 rows; a folder of 100,000 files
+    python benchmarks/index_memory.py --whole    # 10,000,000 rows, made up and of a Hugging Face table; 2,000,000 files
 
 Each number is measured in a process of its own.
 """
 
 import multiprocessing
 import resource
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from boomgen import index
+from boomgen.sources import open_source
 from boomgen.sources.base import Row, Source
 from boomgen.sources.folder import Folder
 
-ROWS = (100_000, 1_000_000)
-FILES = 100_000
+WHOLE = "--whole" in sys.argv
+ROWS = (10_000_000,) if WHOLE else (100_000, 1_000_000)
+FILES = 2_000_000 if WHOLE else 100_000
+TABLE = 10_000_000 if WHOLE else 1_000_000
 
 
 class MadeUp:
@@ -60,13 +65,33 @@ def in_folder(count: int) -> int:
         return growth(Folder(Path(folder), None))
 
 
+def in_table(count: int) -> int:
+    """The same for a Hugging Face data set on disk, with labels, whose images are one byte each."""
+    import datasets
+    import pyarrow as pa
+
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        images = pa.StructArray.from_arrays(
+            [pa.array([b"x"] * 100_000, pa.binary()), pa.nulls(100_000, pa.string())], ["bytes", "path"]
+        )
+        rows = pa.table({"image": images, "label": pa.array([i % 1000 for i in range(100_000)])})
+        about = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(num_classes=1000))
+        parts = [datasets.Dataset(rows.cast(about.arrow_schema)) for _ in range(count // 100_000)]
+        datasets.concatenate_datasets(parts).save_to_disk(Path(folder) / "table", max_shard_size="100MB")
+        del parts
+        return growth(open_source(str(Path(folder) / "table")))
+
+
 def main() -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for count in ROWS:
             grown = pool.apply(growth, (MadeUp(count),))
-            print(f"{count:>9,} made-up rows: {grown / 2**20:6.1f} MiB more, {grown / count:5.1f} bytes a row")
+            print(f"{count:>10,} made-up rows: {grown / 2**20:6.1f} MiB more, {grown / count:5.1f} bytes a row")
+        grown = pool.apply(in_table, (TABLE,))
+        print(f"{TABLE:>10,} rows of a table: {grown / 2**20:6.1f} MiB more, {grown / TABLE:5.1f} bytes a row")
         grown = pool.apply(in_folder, (FILES,))
-        print(f"{FILES:>9,} files in one folder: {grown / 2**20:6.1f} MiB more, {grown / FILES:5.1f} bytes a file")
+        print(f"{FILES:>10,} files in one folder: {grown / 2**20:6.1f} MiB more, {grown / FILES:5.1f} bytes a file")
 
 
 if __name__ == "__main__":
