@@ -12,8 +12,9 @@ from typing import Any
 import shtab
 
 from boomgen import __version__, catalog
+from boomgen.engines.slurm import SlurmOptions, offer
 from boomgen.errors import BoomgenError, Stopped, UsageError
-from boomgen.job import ENHANCE, Job, Launch
+from boomgen.job import ENHANCE, Job, Launch, build
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
 from boomgen.untrusted import printable
 
@@ -94,6 +95,13 @@ def finalise(args: argparse.Namespace) -> int:
     with only_driver(run):
         close(run)
     return _summary(run.path)
+
+
+def slurm(args: argparse.Namespace) -> int:
+    from boomgen.run import RunDir
+
+    print(offer(RunDir(args.run), build(SlurmOptions, given(args, SlurmOptions)), args.submit))
+    return DONE
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -221,10 +229,7 @@ def _status_text(path: Path) -> str:
         + (f", missing: number {ranges(found.missing)}" if found.missing else ""),
     }
     if found.finalised:
-        lines |= {
-            "data set": str(run.dataset),
-            "manifest": str(run.manifest),
-        }
+        lines |= {"data set": str(run.dataset), "manifest": str(run.manifest)}
     lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
     if found.finalised and run.plan.job.linkage == "private":
         lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
@@ -329,6 +334,11 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]
     add_flags(from_file, Job, Launch)
     on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
+    arraying = on_run(
+        "slurm", slurm, "an array of SLURM jobs that makes what is missing of a run", "", "--time 4:00:00"
+    )
+    arraying.add_argument("--submit", action="store_true", help="give it to sbatch instead of printing it")
+    add_flags(arraying, SlurmOptions)
     listing = command("datasets", list_datasets, "data sets that are known by name", "", "imagenet-200")
     listing.add_argument("name", nargs="?", help="all that is known of this one (a name, or your own YAML file)")
     what = "models that are known by name; show: what one is; import: one from an original checkpoint"
