@@ -37,7 +37,7 @@ def _run_job(values: dict[str, Any]) -> int:
     from boomgen import drive
 
     run = drive.run(*job_and_launch(values))
-    return _summary(run.path)
+    return _summary(run.path) if drive.is_first() else DONE
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -71,7 +71,21 @@ def resume(args: argparse.Namespace) -> int:
     _, launch = job_and_launch({"mode": "anonymize", "dataset": "-", **given(args)})
     run = RunDir(args.run)
     drive.resume(run, launch)
-    return _summary(run.path)
+    return _summary(run.path) if drive.is_first() else DONE
+
+
+def work(args: argparse.Namespace) -> int:
+    from boomgen import drive
+    from boomgen.engines import ranks
+    from boomgen.run import RunDir, numbers
+
+    _, launch = job_and_launch({"mode": "anonymize", "dataset": "-", **given(args)})
+    run = RunDir(args.run)
+    shards = numbers(args.shards, run.plan.shards) if args.shards else None
+    drive.work(run, launch, ranks.part(args.part) if args.part else None, shards)
+    if drive.is_first():
+        _say(_status_text(run.path))
+    return DONE
 
 
 def status(args: argparse.Namespace) -> int:
@@ -320,6 +334,12 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
     add_flags(again, Launch, leave_out=frozenset({"out", "secret_file", "allow_pickle"}))
+    text = "one worker, of a cluster's job: makes shards, closes nothing"
+    working = on_run("work", work, text, "--part 0/4", "--shards 0 --device cpu")
+    working.add_argument("--part", metavar="I/N", help="only every Nth shard, from the Ith (counted from 0)")
+    working.add_argument("--shards", metavar="LIST", help="only these, as 0-3,7")
+    launched = frozenset({"out", "gpus", "workers", "patience", "secret_file", "allow_pickle"})
+    add_flags(working, Launch, leave_out=launched)
     logs_of = on_run("logs", logs, "what the workers said", "", "--failed")
     logs_of.add_argument("--failed", action="store_true", help="only what failed: each row and shard, with its reason")
     examples = ("--dataset fashion-sample --calibrate", "--dataset fashion-sample --t-boom 0.2 --out runs/planned")

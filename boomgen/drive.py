@@ -1,20 +1,22 @@
-"""From a job to a finished data set on one machine: plan, hand out, finalise, tell."""
+"""From a job to a finished data set: plan, hand out, finalise, tell."""
 
 import fcntl
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from boomgen import env
+from boomgen.engines import ranks
 from boomgen.engines.handout import Event
 from boomgen.engines.local import LocalEngine
-from boomgen.errors import BoomgenError, Stopped
+from boomgen.engines.ranks import Rank, in_order, own, rank_of
+from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
-from boomgen.prepare import prepare
+from boomgen.prepare import await_plan, prepare
 from boomgen.progress import say_terms, show
 from boomgen.run import RunDir, Status
 
@@ -27,22 +29,32 @@ def run(job: Job, launch: Launch | None = None) -> RunDir:
     """
     launch = launch or Launch()
     with _signals():
-        env.choose_device(launch)
-        run_dir = prepare(job, launch)
-        say_terms(run_dir.plan)
+        rank = rank_of(os.environ)
+        if rank and rank.rank > 0:
+            run_dir = await_plan(job, launch)
+        else:
+            env.choose_device(launch)
+            run_dir = prepare(job, launch)
+            say_terms(run_dir.plan)
         resume(run_dir, launch)
     return run_dir
 
 
 def resume(run: RunDir, launch: Launch) -> Status:
-    """Make the missing shards of a planned run and close it. A finished run returns at once and loads no torch."""
-    status = run.status()
+    """Make the missing shards of a planned run and close it. A finished run returns at once and loads no torch.
+
+    As one of several ranks, make a share of them; rank 0 closes the run.
+    """
+    status, rank = run.status(), rank_of(os.environ)
     if status.finalised and not status.missing:
         return status
+    if rank and rank.rank > 0:
+        work(run, launch)
+        return run.status()
     with _signals(), only_driver(run):
         try:
             if missing := run.missing():
-                _make(run, launch, missing)
+                _work(run, launch, missing, rank) if rank else _make(run, launch, missing)
             finalise(run)
         except Stopped as err:
             err.run = run.path
@@ -56,6 +68,40 @@ def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
     engine = LocalEngine(run, devices, launch.allow_mixed, launch.patience)
     with _closing(engine.run(missing)) as events:
         show(run.plan, missing, events)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that tells of the run: alone, or rank 0."""
+    rank = rank_of(os.environ)
+    return rank is None or rank.rank == 0
+
+
+def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence[int] | None = None) -> None:
+    """One worker in this process, which makes what is missing of its part, or of these shards; else it shares all with
+    the other ranks of its launcher. It closes nothing.
+
+    Raises:
+        UsageError: a part or shards are named, and a launcher started several processes, which would all make them.
+        BoomgenError: shards failed for good; the others are whole.
+    """
+    rank = rank_of(os.environ)
+    if rank and (part or shards is not None):
+        raise UsageError(f"{rank.world_size} processes would all make the same shards; drop --part and --shards")
+    missing = run.missing()
+    if shards is not None:
+        missing = sorted(set(shards) & set(missing))
+    with _signals():
+        try:
+            _work(run, launch, own(missing, part) if part else missing, part or rank or Rank(0, 1, 0))
+        except Stopped as err:
+            err.run = run.path
+            raise
+
+
+def _work(run: RunDir, launch: Launch, missing: list[int], rank: Rank) -> None:
+    kind = launch.device or run.plan.network.device
+    device = f"cuda:{rank.local}" if kind == "cuda" else kind
+    ranks.work(run, in_order(missing, rank), device, rank.rank, launch.allow_mixed)
 
 
 def _as_planned(run: RunDir, launch: Launch) -> dict[str, str]:
@@ -89,7 +135,7 @@ def only_driver(run: RunDir) -> Iterator[None]:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """SIGINT and SIGTERM as an orderly stop, where signals arrive: in the main thread."""
+    """SIGINT, SIGTERM, and SIGUSR1 (SLURM's warning), as an orderly stop, where signals arrive: in the main thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -97,7 +143,7 @@ def _signals() -> Iterator[None]:
     def stop(number: int, frame: FrameType | None) -> None:
         raise Stopped(signal.Signals(number).name)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield
     finally:

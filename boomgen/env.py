@@ -95,8 +95,13 @@ def claim(device: str) -> str:
     """Make 'cuda:N' the only GPU that this process sees. Before CUDA is used."""
     if not device.startswith("cuda:"):
         return device
+    import torch
+
     number, visible = int(device.removeprefix("cuda:")), os.environ.get("CUDA_VISIBLE_DEVICES")
-    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+    names = visible.split(",") if visible else [str(name) for name in range(torch.cuda.device_count())]
+    if number >= len(names):
+        raise UsageError(f"process {number} of this machine finds {len(names)} GPUs; start one process for each GPU")
+    os.environ["CUDA_VISIBLE_DEVICES"] = names[number]
     return "cuda"
 
 

@@ -5,6 +5,8 @@ import glob
 import os
 import platform
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,8 @@ from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
 from boomgen.sources.base import NO_LABEL, Source
+
+LOOK_AGAIN = 0.5  # seconds
 
 
 class Resolved(NamedTuple):
@@ -161,6 +165,19 @@ def prepare(job: Job, launch: Launch) -> RunDir:
             with contextlib.suppress(OSError):
                 folder.rmdir()
     return RunDir(out)
+
+
+def await_plan(job: Job, launch: Launch) -> RunDir:
+    """The run folder of this job, once another process has planned it."""
+    resolved = resolve(job)
+    out = Path(launch.out) if launch.out else default_out(resolved.job)
+    waited = 0.0
+    while not (out / "plan.json").exists():
+        time.sleep(LOOK_AGAIN)
+        waited += LOOK_AGAIN
+        if waited % 60 < LOOK_AGAIN:
+            print(f"waiting for rank 0 to plan {out}", file=sys.stderr, flush=True)
+    return reopen(out, resolved, launch)
 
 
 def _planning(out: Path, process: str) -> str:

@@ -172,6 +172,22 @@ class RunDir:
         return Status(self.plan.shards, len(whole), self.missing(), ok, failed, finalised, seconds)
 
 
+def numbers(text: str, count: int) -> list[int]:
+    """What `ranges` wrote: 0-3,7 of `count` shards.
+
+    Raises:
+        UsageError: not of this form, or there is no such shard.
+    """
+    found: list[int] = []
+    for piece in text.split(","):
+        first, _, last = piece.partition("-")
+        last = last or first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < count):
+            raise UsageError(f"--shards {text}; expected shards of 0 to {count - 1}, as 0-3,7")
+        found += range(int(first), int(last) + 1)
+    return sorted(set(found))
+
+
 def ranges(numbers: list[int]) -> str:
     """Ascending shard numbers as people and schedulers write them: 0-3,7."""
     parts: list[list[int]] = []

@@ -125,6 +125,7 @@ class Worker:
                     entries.append({**made.entry, "shard": number})
                     if made.members:
                         shard.row(made.entry["key"], made.members)
+                shard.touch()
             record = self._record(entries, clock.spent | {"total": time.perf_counter() - start})
             shard.seal(manifest.table(entries), record)
             shard.publish()

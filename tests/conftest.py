@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: on shared cores, spinning threads are 100x slower
 
 import gzip
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ import pytest
 from boomgen.job import Job, Launch
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
+
+from .finished import Bytes, finish, made
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -127,6 +130,20 @@ def plan_tiny(tiny_model: Path, tiny_source: Path, secret_file: Path) -> PlanTin
         return prepare(job, Launch(out=str(out), device="cpu", secret_file=secret))
 
     return plan
+
+
+@pytest.fixture(scope="session")
+def undisturbed(plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bytes]:
+    """The bytes of a job's run by one worker in this process, shard after shard, made once per job."""
+    known: dict[str, Bytes] = {}
+
+    def bytes_of(**job: Any) -> Bytes:
+        name = json.dumps(job, sort_keys=True)
+        if name not in known:
+            known[name] = made(finish(plan_tiny(tmp_path_factory.mktemp("undisturbed") / "run", **job)))
+        return known[name]
+
+    return bytes_of
 
 
 @pytest.fixture(scope="session")

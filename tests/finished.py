@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from boomgen.finalise import finalise
 from boomgen.run import RunDir
+from boomgen.shard import PART, TAR, sha256_file
 
 PEOPLE = ("jane_doe.0017", "john_smith.0023", "maria_garcia.0042", "wei_chen.0101", "fatima_khan.0300")
 
@@ -40,6 +41,16 @@ def finish(run: RunDir) -> RunDir:
     """A planned run, made and closed in this process."""
     finalise(made := make_shards(run))
     return made
+
+
+Bytes = dict[str, str]
+
+
+def made(run: RunDir) -> Bytes:
+    """The hash of every tar and manifest part, in the shards and as they were placed."""
+    files = [run.shard(number) / name for number in range(run.plan.shards) for name in (TAR, PART)]
+    files += sorted(run.dataset.rglob("*")) + sorted(run.manifest.iterdir())
+    return {path.relative_to(run.path).as_posix(): sha256_file(path) for path in files if path.is_file()}
 
 
 def samples(run: RunDir) -> dict[str, dict[str, bytes]]:

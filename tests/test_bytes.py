@@ -1,7 +1,6 @@
 """The first promise: the same bytes from any number of workers and threads, in any order, through kills and resumes."""
 
 import contextlib
-import json
 import os
 import random
 import shlex
@@ -24,39 +23,17 @@ from boomgen.cli import main
 from boomgen.errors import BoomgenError
 from boomgen.job import Launch
 from boomgen.run import RunDir, ranges
-from boomgen.shard import FAILPOINTS, PART, TAR, sha256_file
+from boomgen.shard import FAILPOINTS
 from boomgen.verify import verify
 from boomgen.worker import Worker
 
 from .conftest import SECRET, PlanTiny
-from .finished import command_line, finish
+from .finished import command_line, finish, made
 
-Bytes = dict[str, str]
 CHANCE = random.Random(20)
 LONG = {"steps": 100, "shard_size": 8}  # 13 shards of one batch, 40 network calls each: about half a second
 AUGMENT = {"mode": "augment", "variants": 3, "seed": 5, "limit": 40, "shard_size": 8}
 KILLED = AUGMENT | {"steps": 100}
-
-
-def made(run: RunDir) -> Bytes:
-    """The hash of every tar and manifest part, in the shards and as they were placed."""
-    files = [run.shard(number) / name for number in range(run.plan.shards) for name in (TAR, PART)]
-    files += sorted(run.dataset.rglob("*")) + sorted(run.manifest.iterdir())
-    return {path.relative_to(run.path).as_posix(): sha256_file(path) for path in files if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Bytes]:
-    """The bytes of a job's run by one worker in this process, shard after shard, made once per job."""
-    known: dict[str, Bytes] = {}
-
-    def bytes_of(**job: Any) -> Bytes:
-        name = json.dumps(job, sort_keys=True)
-        if name not in known:
-            known[name] = made(finish(plan_tiny(tmp_path_factory.mktemp("undisturbed") / "run", **job)))
-        return known[name]
-
-    return bytes_of
 
 
 # Workers, threads, order -------------------------------------------------------------------------------------------

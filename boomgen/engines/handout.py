@@ -5,7 +5,8 @@ so a straggler's shard is handed out again near the end, and a worker that says 
 """
 
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -108,11 +109,12 @@ class HandOut:
         limit = max(PATIENCE if self._asked is None else self._asked, SLOWEST * self._silence)
         return [worker for worker, held in self._held.items() if now - held.heard > limit]
 
-    def check(self, run: object) -> None:
-        """Raises BoomgenError where shards were set aside."""
-        if self.aside:
-            shard, text = next(iter(self.aside.items()))
-            raise BoomgenError(
-                f"{len(self.aside)} shards failed {ATTEMPTS} times and were set aside; shard {shard}: {text}; "
-                f"see boomgen logs {run}"
-            )
+
+def set_aside(aside: Mapping[int, str], run: Path) -> None:
+    """Raises BoomgenError where shards were set aside."""
+    if aside:
+        shard, text = next(iter(aside.items()))
+        raise BoomgenError(
+            f"{len(aside)} shards failed {ATTEMPTS} times and were set aside; shard {shard}: {text}; "
+            f"see boomgen logs {run}"
+        )

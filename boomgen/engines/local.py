@@ -15,11 +15,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from boomgen import env
-from boomgen.engines.handout import ATTEMPTS, Event, HandOut
+from boomgen.engines.handout import ATTEMPTS, Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
@@ -120,7 +121,7 @@ class LocalEngine:
                 hand.end()
             for hand in self.hands.values():
                 hand.close()
-        handout.check(self.run_dir.path)
+        set_aside(handout.aside, self.run_dir.path)
 
     def _start(self, number: int, device: str) -> None:
         hand = _Hand(self.run_dir, number, device, self.allow_mixed)
@@ -198,25 +199,34 @@ def serve(path: str, device: str, allow_mixed: bool) -> int:
     return 0
 
 
-def _serve_shard(worker: Any, shard: int, say: Any) -> None:
+def make_logged(worker: Any, shard: int, tick: Callable[[int], None], log: Callable[[str], None]) -> dict[str, Any]:
+    """Make one shard; its done record. What came of it, with the time of its beginning, goes to the log."""
     stamp = time.strftime("%Y-%m-%d %H:%M:%S")
     try:
-        record = worker.make_shard(shard, lambda rows: say("tick", shard, rows=rows))
+        record: dict[str, Any] = worker.make_shard(shard, tick)
+    except (BrokenPipeError, BoomgenError):
+        raise
+    except Exception:
+        log(f"{stamp} shard {shard} failed\n{traceback.format_exc()}")
+        raise
+    seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
+    log(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}")
+    return record
+
+
+def _serve_shard(worker: Any, shard: int, say: Any) -> None:
+    try:
+        record = make_logged(worker, shard, lambda rows: say("tick", shard, rows=rows), _log)
     except BrokenPipeError:
         sys.exit(75)  # the driver has gone
     except BoomgenError as err:
         say("fatal", shard, text=str(err))
     except Exception as err:
-        import traceback
-
-        _log(f"{stamp} shard {shard} failed\n{traceback.format_exc()}")
         say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
         if not isinstance(err, OSError | BoomgenError):
             sys.exit(1)  # a device that failed once may fail for ever in this process; the driver starts a fresh one
         say("ready")
     else:
-        seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
-        _log(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}")
         say("done", shard, rows=record["rows"], ok=record["ok"])
 
 

@@ -1,0 +1,181 @@
+"""Workers without a driver: accelerate, torchrun and srun start one process per device and tell it its rank.
+
+Each makes its share of the shards, then what is left of the others'. No process talks to another: what is whole is
+seen in the run folder, and what is in the making by a staging folder that changes.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from boomgen import env
+from boomgen.engines.handout import ATTEMPTS, set_aside
+from boomgen.engines.local import make_logged
+from boomgen.errors import BoomgenError, UsageError
+from boomgen.run import RunDir
+from boomgen.untrusted import printable
+
+LAUNCHERS = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; a batch script itself is no step
+)
+LOOK_AGAIN = 1.0  # seconds
+SILENT = 10.0
+"""Seconds without a change, besides three batches of our own, after which a shard in another's hands is made here."""
+
+
+class Rank(NamedTuple):
+    """One of `world_size` processes; `local` counts those of this machine."""
+
+    rank: int
+    world_size: int
+    local: int
+
+
+def rank_of(environ: Mapping[str, str]) -> Rank | None:
+    """This process's place among those that a launcher started together; None: it is alone.
+
+    Raises:
+        UsageError: a launcher says that there are several, and not which one this is.
+    """
+    for names in LAUNCHERS:
+        values = [environ.get(name) for name in names]
+        if values[1] in (None, "1"):
+            continue
+        if not all(value and value.isdecimal() for value in values):
+            told = ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
+            raise UsageError(
+                f"{told} but not {' and '.join(names)}: every process would take itself for the only one; start "
+                "boomgen by torchrun, accelerate launch or srun, or unset them"
+            )
+        rank = Rank(*(int(str(value)) for value in values))
+        bound = names[0].startswith("SLURM") and "," not in environ.get("CUDA_VISIBLE_DEVICES", ",")
+        return rank._replace(local=0) if bound else rank  # srun may show each task a GPU of its own
+    return None
+
+
+def own(shards: Sequence[int], rank: Rank) -> list[int]:
+    """A rank's part of these shards: of one plan always the same, whatever is whole already."""
+    return [shard for shard in shards if shard % rank.world_size == rank.rank]
+
+
+def in_order(shards: Sequence[int], rank: Rank) -> list[int]:
+    """A rank's own shards, then the others' from the end: their owners come from the beginning."""
+    return own(shards, rank) + [shard for shard in reversed(shards) if shard % rank.world_size != rank.rank]
+
+
+def part(text: str) -> Rank:
+    """3/64 as one of 64 parts, counted from 0.
+
+    Raises:
+        UsageError: not of this form, or there is no such part.
+    """
+    first, _, count = text.partition("/")
+    if not (first.isdecimal() and count.isdecimal() and int(first) < int(count)):
+        raise UsageError(f"--part {text}; expected I/N, as 0/64 to 63/64")
+    return Rank(int(first), int(count), 0)
+
+
+def work(run: RunDir, shards: Sequence[int], device: str, name: int, allow_mixed: bool = False) -> None:
+    """Make these shards on one device, in this order, but for those that are whole or in another's hands; return when
+    all are whole. `name` is the number of this worker's log.
+
+    Raises:
+        BoomgenError: this device is not of the planned class, or, when all others are whole, shards failed ATTEMPTS
+            times.
+    """
+    if all(run.shard(shard).exists() for shard in shards):
+        return
+    from boomgen.worker import Worker
+
+    with _log(run, name) as log:
+        maker = _Maker(run, Worker(run, env.claim(device), allow_mixed), log)
+        todo = list(shards)
+        while todo:
+            left = [shard for shard in todo if not maker.settled(shard)]
+            if left == todo:
+                time.sleep(LOOK_AGAIN)
+            todo = left
+    set_aside(maker.aside, run.path)
+
+
+class _Maker:
+    """Makes what is left to make, and counts what failed."""
+
+    def __init__(self, run: RunDir, worker: Any, log: Callable[[str], None]) -> None:
+        self.run, self.worker, self.log, self.others = run, worker, log, _Others(run)
+        self.failures, self.aside, self._in_a_row = Counter[int](), dict[int, str](), set[int]()
+
+    def settled(self, shard: int) -> bool:
+        """Whether a shard is whole, perhaps made now, or set aside; if not, it is to be looked at again."""
+        if shard in self.aside or self.run.shard(shard).exists():
+            return True
+        if self.others.hold(shard):
+            return False
+        try:
+            make_logged(self.worker, shard, self.others.pace(), self.log)
+        except BoomgenError:
+            raise
+        except Exception as err:
+            self._count(shard, f"{type(err).__name__}: {err}")
+            return False
+        self._in_a_row.clear()
+        return True
+
+    def _count(self, shard: int, what: str) -> None:
+        self.failures[shard] += 1
+        if self.failures[shard] >= ATTEMPTS:
+            self.aside[shard] = what
+        self._in_a_row.add(shard)
+        if len(self._in_a_row) >= ATTEMPTS:
+            raise BoomgenError(
+                f"{ATTEMPTS} shards in a row failed, the last with {what}; see boomgen logs {self.run.path}"
+            )
+
+
+@contextlib.contextmanager
+def _log(run: RunDir, name: int) -> Iterator[Callable[[str], None]]:
+    run.logs.mkdir(exist_ok=True)
+    with (run.logs / f"worker-{name:03d}.log").open("a", encoding="utf-8") as file:
+        yield lambda text: _write(file, text)
+
+
+def _write(file: IO[str], text: str) -> None:
+    with contextlib.suppress(OSError):  # on a full disk the shard counts, not the talk about it
+        print(printable(text), file=file, flush=True)
+
+
+class _Others:
+    """What other workers have in hand. Their staging folders change with every batch; ages are measured by this
+    process's own clock, since those of machines differ."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run, self._seen, self._longest = run, dict[Path, tuple[int, float]](), 0.0
+
+    def hold(self, shard: int) -> bool:
+        """Whether somebody is making this shard, and was heard of not long ago."""
+        now, limit = time.monotonic(), SILENT + 3 * self._longest
+        return any(now - self._changed(folder, now) < limit for folder in self._run.staging.glob(f"{shard:05d}-*"))
+
+    def _changed(self, folder: Path, now: float) -> float:
+        try:
+            stamp = folder.stat().st_mtime_ns
+        except OSError:  # it is published or abandoned
+            return now
+        if self._seen.get(folder, (None,))[0] != stamp:
+            self._seen[folder] = stamp, now
+        return self._seen[folder][1]
+
+    def pace(self) -> Callable[[int], None]:
+        """A tick that measures the batches of one shard."""
+        last = time.monotonic()
+
+        def tick(_: Any) -> None:
+            nonlocal last
+            now = time.monotonic()
+            self._longest, last = max(self._longest, now - last), now
+
+        return tick

@@ -1,0 +1,124 @@
+"""Handing out, on a clock of the tests' own."""
+
+import random
+from pathlib import Path
+
+import pytest
+
+from benchmarks.handout import simulate
+from boomgen.engines.handout import ATTEMPTS, PATIENCE, WORTH, HandOut, set_aside
+from boomgen.errors import BoomgenError
+
+
+def test_shards_go_out_in_order_and_end() -> None:
+    handout = HandOut([4, 2, 9])
+    assert [handout.take(worker, 0.0) for worker in range(4)] == [4, 2, 9, None]
+    for worker in (2, 0, 1):
+        assert handout.open
+        handout.done(worker, 1.0)
+    assert not handout.open
+    assert handout.take(0, 2.0) is None
+
+
+def test_a_failed_shard_comes_again_at_the_end_until_it_is_set_aside() -> None:
+    handout, taken = HandOut([0, 1]), []
+    while (shard := handout.take(7, 0.0)) is not None:
+        taken.append(shard)
+        if shard == 0:
+            assert handout.failed(7, "disk") == 0
+        else:
+            handout.done(7, 1.0)
+    assert taken == [0, 1] + [0] * (ATTEMPTS - 1)
+    assert not handout.open
+    said = f"1 shards failed {ATTEMPTS} times and were set aside; shard 0: disk; see boomgen logs runs/a"
+    with pytest.raises(BoomgenError, match=said):
+        set_aside(handout.aside, Path("runs/a"))
+
+
+def test_a_worker_without_a_shard_loses_none() -> None:
+    handout = HandOut([0])
+    assert handout.failed(3, "died") is None
+    assert handout.take(0, 0.0) == 0
+
+
+def slow_and_quick(usual: float) -> HandOut:
+    """Worker 0 has shard 0 since 0.0; worker 1 made shard 1 in the usual time."""
+    handout = HandOut([0, 1])
+    handout.take(0, 0.0)
+    handout.take(1, 0.0)
+    handout.done(1, usual)
+    return handout
+
+
+@pytest.mark.parametrize(("usual", "straggles"), [(1.0, WORTH), (100.0, 200.0)])
+def test_a_stragglers_shard_is_made_twice_and_whoever_is_first_ends_it(usual: float, straggles: float) -> None:
+    handout = slow_and_quick(usual)
+    assert handout.take(1, straggles) is None
+    assert handout.take(1, straggles + 0.1) == 0
+    assert handout.take(2, straggles + 9999) is None  # two are enough
+    handout.done(1, straggles + 5)
+    assert not handout.open
+    handout.done(0, straggles + 9)  # the straggler's comes too late, and is no harm
+
+
+def test_one_of_two_copies_may_fail() -> None:
+    handout = slow_and_quick(1.0)
+    assert handout.take(1, 50.0) == 0
+    handout.done(1, 60.0)
+    assert handout.failed(0, "died") is None
+    assert handout.take(0, 61.0) is None
+    assert not handout.aside
+
+
+@pytest.mark.parametrize(
+    ("patience", "heard", "limit"), [(None, 1.0, PATIENCE), (None, 100.0, 2000.0), (5.0, 0.1, 5.0), (5.0, 1.0, 20.0)]
+)
+def test_silence_is_measured_by_the_longest_so_far(patience: float | None, heard: float, limit: float) -> None:
+    handout = HandOut([0, 1], patience)
+    handout.take(0, 0.0)
+    handout.take(1, 0.0)
+    handout.tick(0, heard)
+    handout.tick(1, heard)
+    assert handout.overdue(heard + limit) == []
+    handout.tick(1, heard + limit)
+    handout = HandOut([0, 1], patience)
+    handout.take(0, 0.0)
+    handout.tick(0, heard)
+    assert handout.overdue(heard + limit + 0.1) == [0]
+
+
+def test_nobody_knows_how_long_a_first_batch_takes() -> None:
+    handout = HandOut([0])
+    handout.take(0, 0.0)
+    assert handout.overdue(1e9) == []
+    asked = HandOut([0], patience=60)
+    asked.take(0, 0.0)
+    assert asked.overdue(61.0) == [0]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_whatever_workers_do_each_shard_is_made_or_set_aside(seed: int) -> None:
+    rng = random.Random(seed)
+    handout, made, now = HandOut(range(40), patience=30), set[int](), 0.0
+    while handout.open:
+        now += rng.expovariate(1)
+        worker = rng.randrange(6)
+        held = handout.held(worker)
+        if held is None:
+            handout.take(worker, now)
+        elif rng.random() < 0.6:
+            made.add(held)
+            handout.done(worker, now)
+        elif rng.random() < 0.3:
+            handout.failed(worker, "x")
+        for late in handout.overdue(now):
+            handout.failed(late, "hung")
+    assert made | handout.aside.keys() == set(range(40))
+    assert not made & handout.aside.keys()
+
+
+def test_a_thousand_workers_of_heavy_tailed_speed_come_near_the_ideal() -> None:
+    """A smaller case of `benchmarks/handout.py`: as many shards for each worker."""
+    found = simulate(12_800, 128)
+    assert found.made >= 12_800
+    assert found.ideal / found.took > 0.94

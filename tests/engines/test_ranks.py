@@ -1,0 +1,306 @@
+"""Ranks of accelerate, torchrun and srun, and parts of a job: who makes what; and the real launchers."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from boomgen import env
+from boomgen.cli import main
+from boomgen.engines.ranks import Rank, in_order, own, part, rank_of
+from boomgen.errors import BoomgenError, UsageError
+from boomgen.run import RunDir, numbers, ranges
+
+from ..conftest import Complaint, PlanTiny
+from ..finished import command_line, made
+from ..test_bytes import LONG
+
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "rank"),
+    [
+        ({}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, None),
+        ({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, Rank(5, 8, 1)),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
+            None,
+        ),  # a batch script: no step, one process
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1"}, Rank(3, 4, 1)),
+        (
+            {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "1"},
+            Rank(3, 4, 0),
+        ),
+        (
+            {"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4", "SLURM_LOCALID": "1", "CUDA_VISIBLE_DEVICES": "0,1"},
+            Rank(3, 4, 1),
+        ),
+    ],
+)
+def test_a_launcher_tells_the_rank(environ: dict[str, str], rank: Rank | None) -> None:
+    assert rank_of(environ) == rank
+
+
+def test_a_world_without_a_rank_is_refused(
+    monkeypatch: pytest.MonkeyPatch, complaint: Complaint, plan_tiny: PlanTiny, tmp_path: Path
+) -> None:
+    """Every process would do all the work, or one would do a part for all of it."""
+    run = plan_tiny(tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = "WORLD_SIZE=2 but not RANK and WORLD_SIZE and LOCAL_RANK: every process would take itself for the only one; "
+    for command in ("work", "resume"):
+        assert complaint(command, run.path).startswith(said)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    said = "2 processes would all make the same shards; drop --part and --shards"
+    assert complaint("work", run.path, "--part", "0/2") == complaint("work", run.path, "--shards", "0") == said
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_are_disjoint_and_whole_and_keep_their_shards(seed: int) -> None:
+    rng = random.Random(seed)
+    count, size = rng.randrange(1, 60), rng.randrange(1, 9)
+    missing = sorted(rng.sample(range(count), rng.randrange(count + 1)))
+    parts = [own(missing, Rank(rank, size, 0)) for rank in range(size)]
+    assert sorted(itertools.chain.from_iterable(parts)) == missing
+    for rank in range(size):
+        assert set(parts[rank]) <= set(own(range(count), Rank(rank, size, 0)))
+        order = in_order(missing, Rank(rank, size, 0))
+        assert sorted(order) == missing
+        assert order[: len(parts[rank])] == parts[rank]
+    assert numbers(ranges(missing), count) == missing if missing else True
+
+
+@pytest.mark.parametrize("text", ["", "3", "4/4", "-1/4", "a/4", "1/0", "1/4/2"])
+def test_parts_that_cannot_be(text: str) -> None:
+    with pytest.raises(UsageError, match="expected I/N, as 0/64 to 63/64"):
+        part(text)
+
+
+@pytest.mark.parametrize("text", ["", "7", "0-7", "3-1", "a", "1,,2", "-3"])
+def test_shards_that_cannot_be(text: str) -> None:
+    with pytest.raises(UsageError, match="expected shards of 0 to 6, as 0-3,7"):
+        numbers(text, 7)
+
+
+def test_a_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    with pytest.raises(UsageError, match="process 2 of this machine finds 2 GPUs; start one process for each GPU"):
+        env.claim("cuda:2")
+    assert env.claim("cuda:1") == "cuda"
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
+
+
+def test_parts_together_are_the_run(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """As tasks of an array make them, one twice, one of them of chosen shards; each closes nothing."""
+    run = plan_tiny(tmp_path / "run")
+    assert main(["work", str(run.path), "--part", "2/3"]) == 0
+    assert run.published() == {2, 5}
+    assert main(["work", str(run.path), "--shards", "0-2,6"]) == 0
+    assert run.published() == {0, 1, 2, 5, 6}
+    for number in (1, 2, 0):
+        assert main(["work", str(run.path), "--part", f"{number}/3"]) == 0
+    assert not run.dataset.exists()
+    assert main(["finalise", str(run.path)]) == 0
+    assert made(run) == undisturbed()
+    assert main(["work", str(run.path)]) == 0  # nothing to do
+    assert sorted(path.name for path in run.logs.iterdir()) == [f"worker-{n:03d}.log" for n in range(3)]
+
+
+# The real launchers ------------------------------------------------------------------------------------------------
+
+
+class Launched:
+    """A launcher and its ranks, as a process group of their own."""
+
+    def __init__(self, launcher: list[str], *command: Any, **environ: str) -> None:
+        self.process = subprocess.Popen(
+            [*launcher, "-m", "boomgen", *map(str, command)],
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environ,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def ranks(self) -> list[int]:
+        """Pids of the ranks that there are."""
+        found = []
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == self.process.pid:
+                    found.append(int(place.name))
+            except OSError:
+                continue
+        return sorted(found)
+
+    def wait_for(self, done: Callable[[], bool]) -> None:
+        end = time.monotonic() + 240
+        while not done():
+            assert self.process.poll() is None, self.end()
+            assert time.monotonic() < end, "no progress"
+            time.sleep(0.02)
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=240)
+        return self.process.returncode, out, err
+
+
+def closed(run: RunDir) -> dict[str, str]:
+    assert main(["finalise", str(run.path)]) == 0
+    return made(run)
+
+
+def test_rank_0_plans_and_closes_under_accelerate(
+    plan_tiny: PlanTiny,
+    undisturbed: Any,
+    secret_file: Path,
+    tmp_path: Path,
+) -> None:
+    """And the other waits for the plan; one of the two tells of the run."""
+    job, out = plan_tiny(tmp_path / "like", **LONG).plan.job, tmp_path / "run"
+    command = command_line(job, out, "--secret-file", str(secret_file), "--device", "cpu", verb="anonymize")
+    code, told, err = Launched(ACCELERATE, *command).end()
+    assert code == 0, err
+    assert told.count("rows      100 ok of 100") == 1
+    run = RunDir(out)
+    logs = [path.read_text() for path in run.logs.iterdir()]
+    assert 13 <= sum(text.count(" done: ") for text in logs) <= 14  # a shard may be made twice at the end
+    assert made(run) == undisturbed(**LONG)
+
+
+def test_a_killed_rank_ends_the_launch_and_any_engine_finishes(
+    plan_tiny: PlanTiny,
+    undisturbed: Any,
+    tmp_path: Path,
+) -> None:
+    run = plan_tiny(tmp_path / "run", **LONG)
+    launched = Launched(TORCHRUN, "work", run.path)
+    launched.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
+    os.kill(launched.ranks()[1], signal.SIGKILL)
+    code, _, err = launched.end()
+    assert code == 1, err
+    assert 2 <= len(run.published()) < 13
+    assert main(["resume", str(run.path), "--device", "cpu", "--workers", "1"]) == 0
+    assert made(run) == undisturbed(**LONG)
+    assert not run.staging.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_stopped_rank_does_not_stop_the_run(
+    launcher: list[str],
+    plan_tiny: PlanTiny,
+    undisturbed: Any,
+    tmp_path: Path,
+) -> None:
+    """The other takes its shards, after it was silent for a while; woken, it finds nothing to do."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    launched = Launched(launcher, "work", run.path)
+    launched.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
+    stopped = launched.ranks()[1]
+    os.kill(stopped, signal.SIGSTOP)
+    launched.wait_for(lambda: len(run.published()) == 13)
+    os.kill(stopped, signal.SIGCONT)
+    code, _, err = launched.end()
+    assert code == 0, err
+    assert closed(run) == undisturbed(**LONG)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_killed_ranks_start_again(launcher: list[str], plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """The launcher's restarts start all ranks anew; they go on."""
+    run, flag = plan_tiny(tmp_path / "run", **LONG), "--max_restarts" if launcher is ACCELERATE else "--max-restarts"
+    launched = Launched([*launcher, flag, "2"], "work", run.path)
+    launched.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
+    os.kill(launched.ranks()[0], signal.SIGKILL)
+    code, _, err = launched.end()
+    assert code == 0, err
+    assert closed(run) == undisturbed(**LONG)
+
+
+@pytest.mark.slow
+def test_two_machines(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """Two launchers with a rank each, that meet at a port."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    port = str(random.SystemRandom().randrange(20000, 30000))
+    meeting = [*PYTHON, "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting += ["--master-addr", "127.0.0.1", "--master-port", port]
+    machines = [
+        Launched(
+            [*meeting, "--node-rank", str(node)],
+            "work",
+            run.path,
+        )
+        for node in (0, 1)
+    ]
+    for machine in machines:
+        code, _, err = machine.end()
+        assert code == 0, err
+    assert len(list(run.logs.iterdir())) == 2
+    assert closed(run) == undisturbed(**LONG)
+
+
+def test_a_poison_shard_is_named_and_the_rest_is_made(
+    plan_tiny: PlanTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(6):
+        Image.fromarray(np.full((8, 8), 40 * number, np.uint8)).save(photos / f"{number}.png")
+    run = plan_tiny(tmp_path / "run", dataset=str(photos), shard_size=1, batch_size=1)
+    (photos / "3.png").unlink()
+    assert main(["work", str(run.path)]) == 1
+    (missing,) = run.missing()
+    said = f"1 shards failed 3 times and were set aside; shard {missing}: FileNotFoundError: "
+    assert said in capsys.readouterr().err
+    assert (run.logs / "worker-000.log").read_text().count(f"shard {missing} failed") == 3
+
+
+def test_a_device_that_fails_always_ends_its_worker(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not go through all shards of the run to fail at each."""
+    from boomgen.worker import Worker
+
+    run, tried = plan_tiny(tmp_path / "run"), []
+
+    def broken(self: Worker, number: int, tick: Any) -> None:
+        tried.append(number)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Worker, "make_shard", broken)
+    from boomgen import drive
+    from boomgen.job import Launch
+
+    with pytest.raises(BoomgenError, match="3 shards in a row failed, the last with RuntimeError: CUDA error"):
+        drive.work(run, Launch())
+    assert tried == [0, 1, 2]
+
+
+def test_a_foreign_environment_is_refused(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: Complaint
+) -> None:
+    run = plan_tiny(tmp_path / "run")
+    real = env.environment
+    monkeypatch.setattr(env, "environment", lambda device: real(device) | {"torch": "9.9"})
+    (run.path / "logs").mkdir()
+    (run.path / "logs" / "worker-000.log").touch()
+    assert "is not of the planned class: torch" in complaint("work", run.path, code=1)
+    assert not run.published()
