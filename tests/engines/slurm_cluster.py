@@ -106,7 +106,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     conf.write_text(configuration(folder.resolve()))
     cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)})
     commands = [["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)]
-    quiet: dict[str, Any] = {name: subprocess.DEVNULL for name in ("stdin", "stdout", "stderr")}
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     daemons = [subprocess.Popen([*line, "-f", str(conf)], env=cluster.env, **quiet) for line in commands]
     try:
         idle = ["idle"] * len(NODES)
