@@ -31,7 +31,9 @@ HOSTILE = ["a b", "$(touch x)", "`touch x`", "';touch x;'", '"\\', "%j %% 100%",
 
 def directives(script: str) -> dict[str, str]:
     """What a script asks of SLURM."""
-    lines = [line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if "#SBATCH" in line]
+    lines = [
+        line.removeprefix("#SBATCH --").partition("=") for line in script.splitlines() if line.startswith("#SBATCH")
+    ]
     return {name: shlex.split(value)[0] if value else "" for name, _, value in lines}
 
 
