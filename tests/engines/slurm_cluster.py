@@ -38,14 +38,14 @@ class Cluster(NamedTuple):
         """What `true` returns once it is true."""
         end = time.monotonic() + seconds
         while not (found := true()):
-            assert time.monotonic() < end, self.run("scontrol", "show", "job")
+            assert time.monotonic() < end, self.run("squeue", "-rtall", check=False)
             time.sleep(0.1)
         return found
 
     def wait_ended(self, job: str) -> dict[str, str]:
         """The last states of a job's elements."""
         going = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
-        self.wait_for(lambda: not going & set(self.states(job).values()))
+        self.wait_for(lambda: not going & set(self.states(job).values()), seconds=300)
         return self.states(job)
 
 

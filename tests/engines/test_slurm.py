@@ -16,10 +16,11 @@ import pytest
 
 from boomgen import catalog
 from boomgen.cli import main
-from boomgen.engines.slurm import Scripts, SlurmOptions, scripts
+from boomgen.engines.slurm import Scripts, SlurmOptions, requeue, scripts
 from boomgen.errors import UsageError
 from boomgen.run import RunDir
 from boomgen.verify import verify
+from boomgen.worker import Worker
 
 from ..conftest import Complaint, PlanTiny
 from ..finished import finish, made
@@ -191,6 +192,17 @@ def test_only_what_is_missing_is_printed(
         subprocess.run(["bash", "-n"], input=printed, text=True, check=True)
 
 
+def test_only_an_element_of_an_array_is_requeued(tmp_path: Path) -> None:
+    """And a machine that cannot ask says so."""
+    assert not requeue()
+    asks = "from boomgen.engines.slurm import requeue; print(requeue())"
+    env = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "PATH": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    done = subprocess.run([sys.executable, "-c", asks], env=env, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    why = "scontrol: No such file or directory; expected a machine where SLURM's commands are"
+    assert done.stderr == f"not requeued: {why}\n"
+
+
 # A real SLURM ------------------------------------------------------------------------------------------------------
 
 
@@ -348,11 +360,16 @@ def test_a_lost_node_s_work_is_done_by_another(
 def test_more_elements_than_an_array_can_have_are_several_arrays(
     cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
 ) -> None:
-    """The cluster has a MaxArraySize of 11, and each of 13 shards its element."""
+    """The cluster has a MaxArraySize of 11, and each of 13 shards its element; two have something to do."""
     run = plan_tiny(tmp_path / "run", **LONG)
+    worker = Worker(run)
+    for number in set(range(13)) - {2, 12}:
+        worker.make_shard(number)
     arrays, closing = submit(run, "--array-size", 13)
     assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
-    assert [len(cluster.states(array)) for array in arrays] == [11, 2]
+    assert [cluster.states(array) for array in arrays] == [
+        {f"{array}_{element}": "COMPLETED"} for array, element in zip(arrays, (2, 1), strict=True)
+    ]
     whole(run, undisturbed)
 
 
