@@ -12,7 +12,7 @@ from boomgen import env
 from boomgen.engines import ranks
 from boomgen.engines.handout import Event
 from boomgen.engines.local import LocalEngine
-from boomgen.engines.ranks import Rank, in_order, own, rank_of
+from boomgen.engines.ranks import Rank, own, rank_of
 from boomgen.engines.slurm import requeue
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import finalise
@@ -102,9 +102,7 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
 
 
 def _work(run: RunDir, launch: Launch, missing: list[int], rank: Rank) -> None:
-    kind = launch.device or run.plan.network.device
-    device = f"cuda:{rank.local}" if kind == "cuda" else kind
-    ranks.work(run, in_order(missing, rank), device, rank.rank, launch.allow_mixed)
+    ranks.work(run, missing, rank, launch.device or run.plan.network.device, launch.allow_mixed)
 
 
 def _as_planned(run: RunDir, launch: Launch) -> dict[str, str]:

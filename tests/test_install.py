@@ -1,4 +1,4 @@
-"""The wheel alone, run from outside the checkout, does the job: jobs/, manifests/, slurm/, model and sample are inside."""
+"""The wheel alone, outside the checkout, does the job: jobs/, manifests/, slurm/, model and sample are inside."""
 
 import shutil
 import site

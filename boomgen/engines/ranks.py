@@ -5,6 +5,7 @@ seen in the run folder, and what is in the making by a staging folder that chang
 """
 
 import contextlib
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -79,9 +80,8 @@ def part(text: str) -> Rank:
     return Rank(int(first), int(count), 0)
 
 
-def work(run: RunDir, shards: Sequence[int], device: str, name: int, allow_mixed: bool = False) -> None:
-    """Make these shards on one device, in this order, but for those that are whole or in another's hands; return when
-    all are whole. `name` is the number of this worker's log.
+def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixed: bool = False) -> None:
+    """Make these shards, its own first, but for those that are whole or in another's hands; return when all are whole.
 
     Raises:
         BoomgenError: this device is not of the planned class, or, when all others are whole, shards failed ATTEMPTS
@@ -91,9 +91,11 @@ def work(run: RunDir, shards: Sequence[int], device: str, name: int, allow_mixed
         return
     from boomgen.worker import Worker
 
-    with _log(run, name) as log:
-        maker = _Maker(run, Worker(run, env.claim(device), allow_mixed), log)
-        todo = list(shards)
+    with _log(run, rank.rank) as log:
+        claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
+        maker, todo = _Maker(run, Worker(run, claimed, allow_mixed), log), in_order(shards, rank)
+        mine = len(own(shards, rank))
+        print(f"worker {rank.rank} of {rank.world_size}: {mine} shards on {device}", file=sys.stderr, flush=True)
         while todo:
             left = [shard for shard in todo if not maker.settled(shard)]
             if left == todo:
