@@ -255,11 +255,11 @@ def worker_of(run: RunDir, part: str) -> int:
 
 
 @real
+@pytest.mark.slow
 def test_an_array_makes_the_bytes_of_one_worker(
     cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
 ) -> None:
-    """Also where the run has a name that means something to a shell and to SLURM."""
-    run = plan_tiny(tmp_path / "a $(touch x) 'run' 100% %j #1", **LONG)
+    run = plan_tiny(tmp_path / "run", **LONG)
     (array,), closing = submit(run)
     assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
     assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED"}
@@ -272,7 +272,8 @@ def test_an_array_makes_the_bytes_of_one_worker(
 def test_a_killed_worker_is_told_of_and_made_good(
     cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: Any
 ) -> None:
-    run = plan_tiny(tmp_path / "run", **LONG)
+    """In a run whose name means something to a shell and to SLURM."""
+    run = plan_tiny(tmp_path / "a $(touch x) 'run' 100% %j #1", **LONG)
     (array,), closing = submit(run)
     in_mid_shard(cluster, run)
     os.kill(worker_of(run, "1/2"), signal.SIGKILL)
