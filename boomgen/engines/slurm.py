@@ -136,11 +136,10 @@ def _directives(run: Path, log: str, options: SlurmOptions, **more: str | None) 
 
 
 def _quoted(value: Path | str) -> str:
-    if not str(value).isprintable():
-        raise UsageError(
-            f"{str(value)!r} has a line break or control character; expected a name that a script can hold"
-        )
-    return shlex.quote(str(value))
+    text = str(value)
+    if not text.isprintable() or "\\" in text:  # SLURM drops backslashes from the name of a log
+        raise UsageError(f"{text!r} holds a line break, backslash or control character; expected a plainer name")
+    return shlex.quote(text)
 
 
 def offer(run: "RunDir", options: SlurmOptions, submitted: bool) -> str:
