@@ -108,7 +108,7 @@ def restricted(licence: str) -> bool:
     return RESTRICTED.search(licence) is not None
 
 
-def shipped(kind: Literal["jobs", "manifests"]) -> Path:
+def shipped(kind: Literal["jobs", "manifests", "slurm"]) -> Path:
     """The folder of that kind: inside an installed wheel, or beside the package in a checkout."""
     installed = PACKAGE / "_shipped" / kind
     return installed if installed.is_dir() else PACKAGE.parent / kind

@@ -12,9 +12,11 @@ from typing import Any
 import shtab
 
 from boomgen import __version__, catalog
+from boomgen.engines.slurm import SlurmOptions, offer
 from boomgen.errors import BoomgenError, Stopped, UsageError
-from boomgen.job import ENHANCE, Job, Launch
+from boomgen.job import ENHANCE, Job, Launch, build
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
+from boomgen.tell import columns, status_text, table
 from boomgen.untrusted import printable
 
 DONE, ERROR, USAGE, INCOMPLETE_ROWS, STOPPED = 0, 1, 2, 3, 75
@@ -51,7 +53,7 @@ def plan(args: argparse.Namespace) -> int:
     found = describe(run.plan)
     if args.calibrate:
         found |= calibrate(run)
-    _say(_table({**found, "run with": f"boomgen resume {run.path}"}))
+    _say(table({**found, "run with": f"boomgen resume {run.path}"}))
     return DONE
 
 
@@ -59,7 +61,7 @@ def fetch(args: argparse.Namespace) -> int:
     from boomgen import prepare
 
     found = prepare.fetch(*job_and_launch({"mode": "anonymize", **given(args)}))
-    _say(_table({**found, "run with": "HF_HUB_OFFLINE=1 boomgen anonymize and the same options, without network"}))
+    _say(table({**found, "run with": "HF_HUB_OFFLINE=1 boomgen anonymize and the same options, without network"}))
     return DONE
 
 
@@ -83,7 +85,7 @@ def work(args: argparse.Namespace) -> int:
     shards = numbers(args.shards, run.plan.shards) if args.shards else None
     drive.work(run, launch, ranks.part(args.part) if args.part else None, shards)
     if drive.is_first():
-        _say(_status_text(run.path))
+        _say(status_text(run.path))
     return DONE
 
 
@@ -95,7 +97,7 @@ def status(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**found._asdict(), "missing": ranges(found.missing), "rows": run.plan.rows}))
     else:
-        _say(_status_text(run.path))
+        _say(status_text(run.path))
     return INCOMPLETE_ROWS if found.failed else DONE
 
 
@@ -108,6 +110,13 @@ def finalise(args: argparse.Namespace) -> int:
     with only_driver(run):
         close(run)
     return _summary(run.path)
+
+
+def slurm(args: argparse.Namespace) -> int:
+    from boomgen.run import RunDir
+
+    print(offer(RunDir(args.run), build(SlurmOptions, given(args, SlurmOptions)), args.submit))
+    return DONE
 
 
 def verify(args: argparse.Namespace) -> int:
@@ -144,7 +153,7 @@ def sweep(args: argparse.Namespace) -> int:
 
     job, launch = job_and_launch({"mode": "augment", "limit": 10, "t_boom": "0", **given(args)})
     out = Path(launch.out or "sweep.png")
-    _say(_table(draw(job, launch, args.levels.split(","), out)))
+    _say(table(draw(job, launch, args.levels.split(","), out)))
     _say(f"picture  {out}")
     return DONE
 
@@ -165,14 +174,14 @@ def import_model(args: argparse.Namespace) -> int:
 
     out = Path(args.out or Path(args.what).stem)
     import_checkpoint(Path(args.what), out, args.size)
-    _say(_table({"folder": out, **described(str(out.resolve()))}))
+    _say(table({"folder": out, **described(str(out.resolve()))}))
     return DONE
 
 
 def show_model(args: argparse.Namespace) -> int:
     from boomgen.models.describe import described
 
-    _say(_table(described(args.what)))
+    _say(table(described(args.what)))
     return DONE
 
 
@@ -182,16 +191,16 @@ def list_models(args: argparse.Namespace) -> int:
         for m in catalog.models().values()
     ]
     _say("noise: its power 1 - abar at t_boom 0.1, 0.2, ..., 0.9")
-    _say(_columns([("model", "size", "classes", "levels", "noise", "licence", "what"), *rows]))
+    _say(columns([("model", "size", "classes", "levels", "noise", "licence", "what"), *rows]))
     return DONE
 
 
 def list_datasets(args: argparse.Namespace) -> int:
     if args.name is None:
         rows = [(d.name, d.model, d.t_boom, d.licence, d.title) for d in catalog.datasets().values()]
-        _say(_columns([("data set", "model", "t_boom", "licence", "what"), *rows]))
+        _say(columns([("data set", "model", "t_boom", "licence", "what"), *rows]))
     elif found := catalog.dataset(args.name):
-        _say(_table(catalog.described(found)))
+        _say(table(catalog.described(found)))
     else:
         raise UsageError(
             f"no data set {args.name!r}{catalog.suggest(args.name, catalog.datasets())}; see boomgen datasets"
@@ -215,56 +224,12 @@ def doctor(args: argparse.Namespace) -> int:
 def _summary(path: Path) -> int:
     from boomgen.run import RunDir
 
-    _say(_status_text(path))
+    _say(status_text(path))
     return INCOMPLETE_ROWS if RunDir(path).status().failed else DONE
-
-
-def _status_text(path: Path) -> str:
-    from boomgen.plan import source_lines
-    from boomgen.run import RunDir, ranges
-
-    run = RunDir(path)
-    found, levels, level = run.status(), run.plan.chain.levels, run.plan.chain.level
-    counts = [f"{count} failed ({reason})" for reason, count in sorted(found.failed.items())]
-    lines = {
-        "rows": f"{', '.join([f'{found.ok} ok', *counts])} of {run.plan.rows}"
-        + (f"; which: boomgen logs {path} --failed" if counts else ""),
-        **source_lines(run.plan),
-        "t_boom": f"level {level}/{levels.count}, abar {levels.abar(level):.4f}",
-        "shards": f"{found.whole} of {found.planned} whole"
-        + (f", missing: number {ranges(found.missing)}" if found.missing else ""),
-    }
-    if found.finalised:
-        lines |= {
-            "data set": str(run.dataset),
-            "manifest": str(run.manifest),
-        }
-    lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
-    if found.finalised and run.plan.job.linkage == "private":
-        lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
-    return _table(lines)
-
-
-def _next(found: Any) -> str:
-    if found.missing:
-        return "resume RUN"
-    if found.finalised:
-        return "verify RUN --remake 5"
-    return "finalise RUN" if found.ok else "logs RUN --failed"
 
 
 def _say(text: str) -> None:
     print(printable(text))
-
-
-def _table(rows: dict[str, Any]) -> str:
-    width = max(len(name) for name in rows)
-    return "\n".join(f"{name:{width}}  {value}" for name, value in rows.items())
-
-
-def _columns(rows: Sequence[Sequence[Any]]) -> str:
-    widths = [max(len(str(row[i])) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(f"{cell!s:{w}}" for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
 FIRST = "runs/first"
@@ -349,6 +314,11 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     from_file.add_argument("job", help="YAML file, or the name of a shipped job").complete = shtab.FILE  # type: ignore[attr-defined]
     add_flags(from_file, Job, Launch)
     on_run("finalise", finalise, "close a run whose shards are all whole", "", f"&& boomgen verify {FIRST}")
+    arraying = on_run(
+        "slurm", slurm, "an array of SLURM jobs that makes what is missing of a run", "", "--time 4:00:00"
+    )
+    arraying.add_argument("--submit", action="store_true", help="give it to sbatch instead of printing it")
+    add_flags(arraying, SlurmOptions)
     listing = command("datasets", list_datasets, "data sets that are known by name", "", "imagenet-200")
     listing.add_argument("name", nargs="?", help="all that is known of this one (a name, or your own YAML file)")
     what = "models that are known by name; show: what one is; import: one from an original checkpoint"

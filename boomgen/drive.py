@@ -13,6 +13,7 @@ from boomgen.engines import ranks
 from boomgen.engines.handout import Event
 from boomgen.engines.local import LocalEngine
 from boomgen.engines.ranks import Rank, own, rank_of
+from boomgen.engines.slurm import requeue
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
@@ -90,12 +91,14 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
     missing = run.missing()
     if shards is not None:
         missing = sorted(set(shards) & set(missing))
-    with _signals():
-        try:
+    try:
+        with _signals():
             _work(run, launch, own(missing, part) if part else missing, part or rank or Rank(0, 1, 0))
-        except Stopped as err:
-            err.run = run.path
-            raise
+    except Stopped as err:
+        err.run = run.path
+        if str(err) == signal.SIGUSR1.name:
+            requeue()
+        raise
 
 
 def _work(run: RunDir, launch: Launch, missing: list[int], rank: Rank) -> None:

@@ -129,7 +129,7 @@ class Launch(_Options):
     allow_mixed: bool = _option("accept devices of another class than the plan's; bytes may then differ", False)
 
 
-T = TypeVar("T", Job, Launch)
+T = TypeVar("T", bound=BaseModel)
 
 
 def build(model: type[T], values: dict[str, Any]) -> T:

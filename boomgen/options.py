@@ -65,9 +65,9 @@ def _choices(annotation: Any) -> tuple[str, ...] | None:
     return None
 
 
-def given(namespace: argparse.Namespace) -> dict[str, Any]:
-    """The options that the user typed."""
-    known = Job.model_fields.keys() | Launch.model_fields.keys()
+def given(namespace: argparse.Namespace, *models: type[BaseModel]) -> dict[str, Any]:
+    """The options of these models, or of Job and Launch, that the user typed."""
+    known = {name for model in models or (Job, Launch) for name in model.model_fields}
     return {name: value for name, value in vars(namespace).items() if name in known}
 
 

@@ -1,5 +1,6 @@
-"""The wheel alone, run from outside the checkout, does the job: jobs/, manifests/, model and sample are inside."""
+"""The wheel alone, outside the checkout, does the job: jobs/, manifests/, slurm/, model and sample are inside."""
 
+import shutil
 import site
 import subprocess
 import sys
@@ -56,3 +57,8 @@ def test_the_wheel_does_the_job_outside_the_checkout(installed: Path, tmp_path: 
         [installed / "boomgen", "verify", "run"], check=True, capture_output=True, text=True, cwd=tmp_path
     )
     assert done.stdout == "run is sound: 2 shards, 16 rows\n"
+    shutil.rmtree(tmp_path / "run/shards/00001")
+    done = subprocess.run(
+        [installed / "boomgen", "slurm", "run"], check=True, capture_output=True, text=True, cwd=tmp_path
+    )
+    assert "#SBATCH --array=1\n" in done.stdout

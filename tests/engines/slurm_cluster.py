@@ -1,0 +1,122 @@
+"""A real SLURM in one folder: a controller and two nodes of one core on loopback, without munge, root or accounting."""
+
+import contextlib
+import getpass
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+NODES = ("n1", "n2")
+MAX_ARRAY_SIZE = 11
+
+
+class Cluster(NamedTuple):
+    """Where it lies, and the environment that its commands need."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def run(self, *command: Any, check: bool = True) -> str:
+        done = subprocess.run(list(map(str, command)), env=self.env, capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, done.stderr
+        return done.stdout
+
+    def states(self, job: str) -> dict[str, str]:
+        """The state of a job, or of each element of an array: '7_1' -> 'RUNNING'. Ended ones stay for minutes."""
+        return dict(line.split() for line in self.run("squeue", "-hrtall", f"-j{job}", "-o%i %T").splitlines())
+
+    def told(self, job: str, name: str) -> str:
+        """One value that the controller knows of a job, such as ExitCode."""
+        return self.run("scontrol", "show", "job", job).partition(f" {name}=")[2].split()[0]
+
+    def wait_for(self, true: Callable[[], Any], seconds: float = 120) -> Any:
+        """What `true` returns once it is true."""
+        end = time.monotonic() + seconds
+        while not (found := true()):
+            assert time.monotonic() < end, self.run("squeue", "-rtall", check=False)
+            time.sleep(0.1)
+        return found
+
+    def wait_ended(self, job: str) -> dict[str, str]:
+        """The last states of a job's elements."""
+        going = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"}
+        self.wait_for(lambda: not going & set(self.states(job).values()), seconds=300)
+        return self.states(job)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def configuration(folder: Path) -> str:
+    host, user, (control, *ports) = socket.gethostname().split(".")[0], getpass.getuser(), free_ports(1 + len(NODES))
+    settings = {
+        "ClusterName": "boomgen",
+        "SlurmctldHost": f"{host}(127.0.0.1)",
+        "SlurmctldPort": control,
+        "SlurmUser": user,
+        "SlurmdUser": user,
+        "AuthType": "auth/none",
+        "CredType": "cred/none",
+        "AuthInfo": "cred_expire=5",  # a requeued job waits for this, by default two minutes
+        "MpiDefault": "none",
+        "ProctrackType": "proctrack/linuxproc",
+        "TaskPlugin": "task/none",
+        "JobAcctGatherType": "jobacct_gather/none",
+        "AccountingStorageType": "accounting_storage/none",
+        "SwitchType": "switch/none",
+        "SelectType": "select/cons_tres",
+        "SelectTypeParameters": "CR_Core",
+        "SchedulerType": "sched/backfill",
+        "SchedulerParameters": "bf_interval=1,sched_min_interval=0,batch_sched_delay=0",
+        "SlurmctldPidFile": folder / "slurmctld.pid",
+        "SlurmctldLogFile": folder / "slurmctld.log",
+        "SlurmdPidFile": folder / "slurmd.%n.pid",
+        "SlurmdLogFile": folder / "slurmd.%n.log",
+        "SlurmdSpoolDir": folder / "spool.%n",
+        "SlurmdParameters": "config_overrides",
+        "StateSaveLocation": folder / "state",
+        "ReturnToService": 2,
+        "KillWait": 10,
+        "MaxArraySize": MAX_ARRAY_SIZE,
+        "MailProg": "/bin/true",
+    }
+    lines = [f"{name}={value}" for name, value in settings.items()]
+    where = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1 RealMemory=8000 State=UNKNOWN"
+    lines += [f"NodeName={name} Port={port} {where}" for name, port in zip(NODES, ports, strict=True)]
+    lines += [f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
+    return "\n".join(lines) + "\n"
+
+
+@contextlib.contextmanager
+def slurm_cluster(folder: Path) -> Iterator[Cluster]:
+    """Start it; its jobs and daemons end with the block."""
+    for name in ("state", *(f"spool.{node}" for node in NODES)):
+        (folder / name).mkdir(parents=True)
+    conf = folder.resolve() / "slurm.conf"  # slurmstepd hangs on a relative one
+    conf.write_text(configuration(folder.resolve()))
+    cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)})
+    commands = [["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)]
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    daemons = [subprocess.Popen([*line, "-f", str(conf)], env=cluster.env, **quiet) for line in commands]
+    try:
+        idle = ["idle"] * len(NODES)
+        cluster.wait_for(lambda: cluster.run("sinfo", "-hNo%t", check=False).split() == idle, seconds=30)
+        yield cluster
+    finally:
+        cluster.run("scancel", f"--user={getpass.getuser()}", check=False)
+        with contextlib.suppress(AssertionError):
+            cluster.wait_for(lambda: not cluster.run("squeue", "-h", check=False).strip(), seconds=20)
+        for daemon in reversed(daemons):
+            daemon.send_signal(signal.SIGTERM)
+        for daemon in daemons:
+            daemon.wait(20)

@@ -1,0 +1,214 @@
+"""What a real SLURM makes of the scripts: bytes, kills, requeues, lost nodes, the job that closes the run."""
+
+import os
+import re
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from boomgen.cli import main
+from boomgen.run import RunDir
+from boomgen.verify import verify
+from boomgen.worker import Worker
+
+from ..conftest import Complaint, PlanTiny
+from ..finished import made
+from ..test_bytes import LONG
+from .slurm_cluster import Cluster, slurm_cluster
+from .test_slurm import HOSTILE, directives, texts
+
+pytestmark = pytest.mark.xdist_group("slurm")
+Submit = Callable[..., tuple[list[str], str]]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A machine without SLURM fails, since a skipped proof proves nothing."""
+    if not shutil.which("slurmctld"):
+        pytest.fail("SLURM is missing: apt-get install --no-install-recommends slurm-wlm munge", pytrace=False)
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def submit(cluster: Cluster, boomgen: Any) -> Submit:
+    """Submit a run as a user does: the arrays, and the job that closes it."""
+
+    def of(run: RunDir, *more: Any) -> tuple[list[str], str]:
+        small = ("--array-size", 2, "--cpus-per-task", 1, "--mem", "2G")
+        done = boomgen("slurm", run.path, "--submit", *small, *more, env=cluster.env | {"OMP_NUM_THREADS": "1"})
+        *arrays, closing, _ = (line.split()[1] for line in done.stdout.splitlines())
+        return arrays, closing
+
+    return of
+
+
+def log(run: RunDir, name: str) -> str:
+    return (run.path / name).read_text()
+
+
+def whole(run: RunDir, expected: Any) -> None:
+    """Closed, sound, and the bytes of one worker's run here."""
+    assert made(run) == expected(**LONG)
+    assert not run.staging.exists()
+    assert not list(verify(RunDir(run.path)))
+
+
+def in_mid_shard(cluster: Cluster, run: RunDir) -> None:
+    cluster.wait_for(lambda: len(run.published()) >= 2 and any(run.staging.iterdir()))
+
+
+def worker_of(run: RunDir, part: str) -> int:
+    """The process that makes a part."""
+    lines = {int(place.parent.name): place.read_bytes() for place in Path("/proc").glob("[0-9]*/cmdline")}
+    (pid,) = [pid for pid, line in lines.items() if {str(run.path).encode(), part.encode()} <= set(line.split(b"\0"))]
+    return pid
+
+
+def test_what_a_job_says_is_in_its_run(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the run is called: sbatch reads quotes, and then signs for numbers, in the name of a log."""
+    monkeypatch.setattr(sys, "executable", "/bin/echo")
+    jobs = {}
+    for place, name in enumerate(HOSTILE):
+        run, script = tmp_path / name, tmp_path / f"{place}.sbatch"
+        run.mkdir()
+        script.write_text(texts(run, mem="100M").closing)
+        jobs[cluster.run("sbatch", "--parsable", script).strip()] = run
+    for job, run in jobs.items():
+        assert cluster.wait_ended(job) == {job: "COMPLETED"}
+        assert (run / f"finalise-{job}.log").read_text() == f"-m boomgen finalise {run}\n"
+
+
+@pytest.mark.slow
+def test_an_array_makes_the_bytes_of_one_worker(
+    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
+) -> None:
+    run = plan_tiny(tmp_path / "run", **LONG)
+    (array,), closing = submit(run)
+    assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
+    assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED"}
+    whole(run, undisturbed)
+    assert log(run, f"logs/slurm-{array}_1.log").startswith("part 1/2 on n")
+    assert "shards    13 of 13 whole" in log(run, f"finalise-{closing}.log")
+
+
+def test_a_killed_worker_is_told_of_and_made_good(
+    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """In a run whose name means something to a shell and to SLURM."""
+    run = plan_tiny(tmp_path / "a $(touch x) 'run' 100% %j #1", **LONG)
+    (array,), closing = submit(run)
+    in_mid_shard(cluster, run)
+    os.kill(worker_of(run, "1/2"), signal.SIGKILL)
+    assert cluster.wait_ended(closing) == {closing: "FAILED"}
+    assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "FAILED"}
+    assert cluster.told(f"{array}_1", "ExitCode") == "0:9"
+    assert cluster.told(closing, "ExitCode") == "1:0"
+    missing = run.missing()
+    assert {number % 2 for number in missing} == {1}
+    assert f"boomgen: {len(missing)} of 13 shards are missing" in log(run, f"finalise-{closing}.log")
+    capsys.readouterr()
+    assert main(["slurm", str(run.path), "--array-size", "2"]) == 0
+    assert directives(capsys.readouterr().out)["array"] == "1"
+    (array,), closing = submit(run)
+    assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
+    assert cluster.states(array) == {f"{array}_1": "COMPLETED"}
+    whole(run, undisturbed)
+
+
+def test_a_cancelled_array_leaves_nothing_half_made_and_is_resumed_here(
+    cluster: Cluster, submit: Submit, boomgen: Any, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
+) -> None:
+    run = plan_tiny(tmp_path / "run", **LONG)
+    (array,), closing = submit(run)
+    in_mid_shard(cluster, run)
+    cluster.run("scancel", array)
+    assert cluster.wait_ended(closing) == {closing: "FAILED"}
+    assert set(cluster.wait_ended(array).values()) == {"CANCELLED"}
+    assert list(run.staging.iterdir()) == []
+    assert run.missing()
+    assert "stopped (SIGTERM)" in log(run, f"logs/slurm-{array}_0.log")
+    boomgen("resume", run.path, "--device", "cpu", "--workers", 1)
+    whole(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("image", [False, True])
+def test_the_warning_before_the_end_of_time_requeues(
+    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, image: bool
+) -> None:
+    """The worker drops its batch, and its element alone runs again. Also where the worker is in an image, of which a
+    stand-in for apptainer has none."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    more: list[Any] = []
+    if image:
+        (tmp_path / "bin").mkdir()
+        (tmp_path / "bin" / "apptainer").write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -m boomgen "$@"\n')
+        (tmp_path / "bin" / "apptainer").chmod(0o755)
+        more = ["--container", tmp_path / "bin"]
+        cluster.env["PATH"] = f"{tmp_path / 'bin'}:{cluster.env['PATH']}"
+    (array,), closing = submit(run, *more)
+    in_mid_shard(cluster, run)
+    cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_0")
+    cluster.wait_for(lambda: cluster.states(array)[f"{array}_0"] == "PENDING")
+    assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
+    assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED"}
+    whole(run, undisturbed)
+    said = log(run, f"logs/slurm-{array}_0.log")
+    assert re.findall(r"^part 0/2 on n\d, start (\d)$", said, re.MULTILINE) == ["1", "2"]
+    assert f"stopped ({'SIGTERM' if image else 'SIGUSR1'})" in said
+    assert "start 2" not in log(run, f"logs/slurm-{array}_1.log")
+
+
+@pytest.mark.slow
+def test_a_lost_node_s_work_is_done_by_another(
+    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
+) -> None:
+    run = plan_tiny(tmp_path / "run", **LONG)
+    (array,), closing = submit(run)
+    in_mid_shard(cluster, run)
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=lost")
+    try:
+        assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
+    finally:
+        cluster.run("scontrol", "update", "nodename=n2", "state=resume", check=False)
+    whole(run, undisturbed)
+    assert any("start 2" in log(run, f"logs/slurm-{array}_{element}.log") for element in range(2))
+
+
+@pytest.mark.slow
+def test_more_elements_than_an_array_can_have_are_several_arrays(
+    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
+) -> None:
+    """The cluster has a MaxArraySize of 11, and each of 13 shards its element; two have something to do."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    worker = Worker(run)
+    for number in set(range(13)) - {2, 12}:
+        worker.make_shard(number)
+    arrays, closing = submit(run, "--array-size", 13)
+    assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
+    assert [cluster.states(array) for array in arrays] == [
+        {f"{array}_{element}": "COMPLETED"} for array, element in zip(arrays, (2, 1), strict=True)
+    ]
+    whole(run, undisturbed)
+
+
+def test_what_sbatch_refuses_is_one_line(
+    cluster: Cluster, plan_tiny: PlanTiny, tmp_path: Path, complaint: Complaint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = plan_tiny(tmp_path / "run")
+    run.logs.mkdir()
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    said = complaint("slurm", run.path, "--submit", "--partition", "no-such", code=1)
+    assert said == (
+        "sbatch: error: invalid partition specified: no-such sbatch: error: Batch job submission failed: Invalid "
+        "partition name specified; mend that and submit again with boomgen slurm"
+    )
+    monkeypatch.setenv("PATH", str(tmp_path))
+    said = complaint("slurm", run.path, "--submit", code=1)
+    assert said == "scontrol: No such file or directory; expected a machine where SLURM's commands are"
