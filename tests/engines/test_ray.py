@@ -1,0 +1,171 @@
+"""Real Ray: the same bytes through kills and stops, by its engine and the local one in turn, and no word of Ray's."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from boomgen.cli import main
+from boomgen.run import RunDir
+from boomgen.worker import Worker
+from tests.conftest import Complaint, PlanTiny
+from tests.test_bytes import AUGMENT, Driver, finish_missing, made, undisturbed  # noqa: F401
+
+JOB = AUGMENT | {"steps": 60}  # 15 shards of one batch
+TOKEN = "hf_of_the_test"
+
+
+class RayDriver(Driver):
+    """`boomgen resume --engine ray` as a process of its own, with every process that Ray starts for it."""
+
+    def __init__(self, run: RunDir, *more: str) -> None:
+        where = ("--device", "cpu", "--workers", "2", "--engine", "ray", *more)
+        super().__init__(run, "boomgen", "resume", str(run.path), *where)
+        self.seen: set[psutil.Process] = set()
+
+    def look(self) -> None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
+
+    def actors(self) -> list[psutil.Process]:
+        self.look()
+        return [process for process in self.seen if _told(process).startswith("ray::Actor")]
+
+    def wait_busy(self, made_since: int = 1) -> None:
+        """Until some shards more are whole and others are in the making."""
+        self.wait_published(len(self.run.published()) + made_since)
+        self.wait_for(lambda: bool(self.actors()) and any(self.run.staging.iterdir()))
+
+    def no_orphan(self) -> bool:
+        _, alive = psutil.wait_procs(self.seen, timeout=30)
+        return not alive
+
+
+def _told(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def test_actors_killed(
+    plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch  # noqa: F811
+) -> None:
+    """Both actors SIGKILLed in mid-shard: the same bytes, exit 0, a summary of ours and no word of Ray's, nothing left
+    of its processes; a token of the environment is in none of theirs."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    run = plan_tiny(tmp_path / "run", **JOB)
+    driver = RayDriver(run)
+    driver.wait_busy()
+    environments = {_told(process): process.environ() for process in driver.seen if process.is_running()}
+    assert len(environments) > 4
+    assert not [name for name, found in environments.items() if TOKEN in found.values() or TOKEN in name]
+    for actor in driver.actors():
+        actor.kill()
+    driver.wait_for(lambda: len(driver.actors()) > 0)
+    code, out, err = driver.end()
+    assert code == 0, err
+    assert made(run) == undisturbed(**JOB)
+    assert main(["status", str(run.path)]) == 0
+    assert all(line.split()[0] in SUMMARY for line in out.splitlines()), out
+    lost = [line for line in err.splitlines() if line.startswith("shard ")]
+    assert lost
+    assert all(": worker " in line and " died" in line for line in lost)
+    assert not [line for line in err.splitlines() if line not in lost and " images, " not in line], err
+    logs = "".join((run.logs / f"worker-00{number}.log").read_text() for number in (0, 1))
+    assert logs.count(" done: 8 of 8 rows, s: read ") == 15
+    assert driver.no_orphan()
+
+
+SUMMARY = ("rows", "source", "t_boom", "shards", "data", "manifest", "next")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_stopped(
+    plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, sent: signal.Signals  # noqa: F811
+) -> None:
+    """Begun by a local worker, gone on with by Ray and stopped there, finished by a local worker: the same bytes. The
+    stop is exit 75 in one line, with nothing half-made and no process of Ray's left."""
+    run = plan_tiny(tmp_path / "run", **JOB)
+    Worker(run).make_shard(3)
+    driver = RayDriver(run)
+    driver.wait_busy()
+    driver.process.send_signal(sent)
+    code, out, err = driver.end()
+    assert (code, out) == (75, ""), err
+    said = f"stopped ({sent.name}); what is whole stays, go on with: boomgen resume {run.path}"
+    assert err.splitlines()[-1] == f"boomgen: {said}"
+    assert list(run.staging.iterdir()) == []
+    assert driver.no_orphan()
+    assert 1 < len(run.published()) < 15
+    finish_missing(run)
+    assert made(run) == undisturbed(**JOB)
+
+
+def test_wrong_use(complaint: Complaint, plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One line each, for options that do not fit, a cluster that is not there, and Ray not installed."""
+    run = plan_tiny(tmp_path / "run", limit=16).path
+    (run / "logs").mkdir()
+    (run / "logs" / "ray.out").touch()
+    said = complaint("resume", run, "--ray-address", "auto")
+    assert said == "--ray-address 'auto': value error, is for Ray alone; add --engine ray"
+    said = complaint("resume", run, "--engine", "ray", "--ray-address", "ray://head:10001")
+    assert said == "--ray-address 'ray://head:10001': value error, expected auto or host:port"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+        said = complaint("resume", run, "--engine", "ray", "--ray-address", address, code=1)
+    assert said == f"no Ray cluster at {address}: [Errno 111] Connection refused"
+    monkeypatch.setitem(sys.modules, "ray", None)
+    said = complaint("resume", run, "--engine", "ray")
+    assert said == "--engine ray needs Ray, which is not installed; pip install 'boomgen[ray]'"
+
+
+# What takes long ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_poison_shard(plan_tiny: PlanTiny, tiny_source: Path, tmp_path: Path, boomgen: Any) -> None:
+    """A shard that always fails is tried three times and named, the others are made."""
+
+
+@pytest.mark.slow
+def test_hung(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:  # noqa: F811
+    """An actor that stands still is killed and replaced."""
+    run = plan_tiny(tmp_path / "run", **JOB)
+    driver = RayDriver(run, "--patience", "6")
+    driver.wait_busy()
+    hung = driver.actors()[0]
+    hung.suspend()
+    code, _, err = driver.end()
+    assert code == 0, err
+    assert " hung and was killed" in err
+    assert made(run) == undisturbed(**JOB)
+    assert driver.no_orphan()
+
+
+@pytest.mark.slow
+def test_driver_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:  # noqa: F811
+    """SIGKILL of the driver: Ray and its actors end by themselves, and the run goes on locally."""
+    run = plan_tiny(tmp_path / "run", **JOB)
+    driver = RayDriver(run)
+    driver.wait_busy()
+    driver.process.kill()
+    driver.end()
+    assert driver.no_orphan()
+    finish_missing(run)
+    assert made(run) == undisturbed(**JOB)
+
+
+@pytest.mark.slow
+def test_foreign_class(plan_tiny: PlanTiny, tmp_path: Path, boomgen: Any) -> None:
+    """An actor of another environment class is refused, with the setting named."""
