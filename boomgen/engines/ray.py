@@ -18,13 +18,14 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from boomgen.engines.handout import Event, HandOut
-from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard
+from boomgen.engines.local import OFFLINE, SECRETS, _log, _serve_shard
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.run import RunDir
 
@@ -62,6 +63,9 @@ class Actor:
             self.worker = Worker(run, self.device, self.allow_mixed)
         except BoomgenError as err:
             say("fatal", text=str(err))
+        except Exception:
+            _log(traceback.format_exc())
+            raise
         else:
             say("ready")
 
@@ -211,7 +215,11 @@ class RayEngine:
 
 
 def _cause(err: Exception) -> str:
-    return f"died: {' '.join(str(err).split())}"
+    """The gist of one of Ray's many lines: what a call raised, or the first sentence on how an actor died."""
+    raised = getattr(err, "cause", None)
+    lines = str(raised or err).splitlines() or [""]
+    gist = f"{type(raised).__name__}: {lines[0]}" if raised else lines[-1].strip().partition(". ")[0].rstrip(".")
+    return f"died: {gist}"
 
 
 @contextlib.contextmanager
