@@ -79,7 +79,7 @@ class Actor:
                 said.put(None)
 
         end = self.thread.submit(told)
-        for event in iter(said.get, None):  # no `yield from`: Ray also sends to a generator
+        while (event := said.get()) is not None:
             yield event
         with contextlib.suppress(SystemExit):  # the driver sees that it is not ready
             end.result()
@@ -291,7 +291,7 @@ def _environ(token: Path) -> Iterator[None]:
             del os.environ[name]
         os.environ.pop("RAY_AUTH_MODE", None)  # where it is unset, Ray sets it, also for a process that has begun
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        os.environ["RAY_worker_niceness"] = "0"  # not 15: nothing else is to run before the workers
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  not 15: nothing else is to run before the workers
         yield
     finally:
         os.environ.clear()
