@@ -271,7 +271,7 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     drawing = "picture to write (default sweep.png)"
     sweeping.add_argument("--out", default=argparse.SUPPRESS, help=drawing).complete = shtab.FILE  # type: ignore[attr-defined]
     written = {"variants", "linkage", "labels", "format", "shard_size", "compile", *ENHANCE}
-    launched = {"out", "gpus", "workers", "secret_file", "allow_mixed"}
+    launched = {"out", "gpus", "workers", "engine", "ray_address", "secret_file", "allow_mixed"}
     add_flags(sweeping, Job, Launch, leave_out=frozenset({"mode", "t_boom"} | written | launched))
     examples = (MADE, "--dataset fashion-sample --limit 16 --t-boom 20/50 --device cpu --workers 1 --out runs/second")
     making = command("anonymize", anonymize, "make a Boomerang version of every image, links kept private", *examples)
@@ -305,7 +305,7 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     examples = ("--dataset fashion-sample --calibrate", "--dataset fashion-sample --t-boom 0.2 --out runs/planned")
     planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")
-    add_flags(planning, Job, Launch, leave_out=frozenset({"workers", "allow_mixed"}))
+    add_flags(planning, Job, Launch, leave_out=frozenset({"workers", "engine", "ray_address", "allow_mixed"}))
     examples = ("--dataset fashion-sample", "--dataset fashion-sample --model fashion-patched-ddpm --t-boom 0.2")
     fetching = command("fetch", fetch, "get model and data set from the Hub, for a run without network", *examples)
     add_flags(fetching, Job, Launch, leave_out=frozenset({"mode"}))

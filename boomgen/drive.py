@@ -13,6 +13,7 @@ from boomgen.engines import ranks
 from boomgen.engines.handout import Event
 from boomgen.engines.local import LocalEngine
 from boomgen.engines.ranks import Rank, own, rank_of
+from boomgen.engines.ray import RayEngine
 from boomgen.engines.slurm import requeue
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import finalise
@@ -64,11 +65,21 @@ def resume(run: RunDir, launch: Launch) -> Status:
 
 
 def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
-    kind, workers = env.choose_device(launch.model_copy(update=_as_planned(run, launch)))
-    devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
-    engine = LocalEngine(run, devices, launch.allow_mixed, launch.patience)
-    with _closing(engine.run(missing)) as events:
+    with _closing(_engine(run, launch).run(missing)) as events:
         show(run.plan, missing, events)
+
+
+def _engine(run: RunDir, launch: Launch) -> LocalEngine | RayEngine:
+    launch = launch.model_copy(update=_as_planned(run, launch))
+    how = (launch.allow_mixed, launch.patience)
+    if launch.ray_address:  # its devices are not those of this machine
+        there = launch.device or "cuda"
+        return RayEngine(run, there, launch.gpus if there == "cuda" else launch.workers, launch.ray_address, *how)
+    kind, workers = env.choose_device(launch)
+    if launch.engine == "ray":
+        return RayEngine(run, kind, workers, None, *how)
+    devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
+    return LocalEngine(run, devices, *how)
 
 
 def is_first() -> bool:

@@ -73,7 +73,7 @@ def cores() -> int:
 
 
 def choose_device(launch: Launch) -> tuple[str, int]:
-    """The kind of device and the number of workers.
+    """The kind of device and the number of workers. Of a Ray cluster elsewhere, the kind alone counts.
 
     Raises:
         UsageError: fewer devices than asked for; imports torch, but never diffusers.
@@ -85,9 +85,10 @@ def choose_device(launch: Launch) -> tuple[str, int]:
     import torch
 
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if (launch.gpus or launch.device == "cuda") and found < (launch.gpus or 1):
+    needed = 1 if launch.ray_address else launch.gpus or 1
+    if (launch.gpus or launch.device == "cuda") and found < needed:
         instead = f"--gpus {found}" if found else f"--device cpu --workers {cores()}"
-        raise UsageError(f"{launch.gpus or 1} GPUs asked for, found {found}; use {instead}")
+        raise UsageError(f"{needed} GPUs asked for, found {found}; use {instead}")
     return ("cuda", launch.gpus or found) if found else ("cpu", cores())
 
 

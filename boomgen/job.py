@@ -7,7 +7,7 @@ nothing in it changes a byte on devices of one class.
 import re
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from boomgen.errors import UsageError
 from boomgen.levels import parse_t_boom
@@ -118,6 +118,8 @@ class Launch(_Options):
     device: Literal["cuda", "cpu"] | None = _option("kind of device (default: cuda where there is one)")
     gpus: int | None = _option("number of GPUs, one worker each (default: all)", ge=1)
     workers: int | None = _option("number of CPU workers (default: one per core)", ge=1)
+    engine: Literal["local", "ray"] = _option("who starts the workers: this machine, or Ray", "local")
+    ray_address: str | None = _option("a running Ray cluster: auto, or host:port (default: one on this machine)")
     patience: float | None = _option(
         "seconds without a batch after which a worker is taken for hung (default: 20 times the longest, at least 600)",
         gt=0,
@@ -127,6 +129,15 @@ class Launch(_Options):
     )
     allow_pickle: bool = _option("load a model whose only weights are pickled", False)
     allow_mixed: bool = _option("accept devices of another class than the plan's; bytes may then differ", False)
+
+    @field_validator("ray_address")
+    @classmethod
+    def _of_ray(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and info.data.get("engine") != "ray":
+            raise ValueError("is for Ray alone; add --engine ray")
+        if value and not re.fullmatch(r"auto|[^\s/:]+:\d+|\[[\da-fA-F:]+\]:\d+", value):
+            raise ValueError("expected auto or host:port")
+        return value
 
 
 T = TypeVar("T", bound=BaseModel)

@@ -50,6 +50,7 @@ class HandOut:
         self.queue, self.open = deque(shards), set(shards)
         self.failures, self.aside = Counter[int](), dict[int, str]()
         self._held: dict[int, _Held] = {}
+        self._stillborn = Counter[int]()
         self._recent = deque[float](maxlen=RECENT)
         self._asked, self._silence = patience, 0.0
 
@@ -77,6 +78,15 @@ class HandOut:
         """The shard that a worker has in hand."""
         return self._held[worker].shard if worker in self._held else None
 
+    def hear(self, worker: int, event: Event, now: float) -> None:
+        """What a worker said of itself or of its shard."""
+        if event.kind == "tick":
+            self.tick(worker, now)
+        if event.kind == "done":
+            self.done(worker, now)
+        if event.kind == "failed":
+            self.failed(worker, event.text)
+
     def tick(self, worker: int, now: float) -> None:
         """A worker said that it goes on."""
         if held := self._held.get(worker):
@@ -101,6 +111,11 @@ class HandOut:
             self.open.discard(held.shard)
             self.aside[held.shard] = why
         return held.shard
+
+    def again(self, worker: int, started: bool) -> bool:
+        """Whether to start a worker that has gone again: not if it was its third start that came to nothing."""
+        self._stillborn[worker] = 0 if started else self._stillborn[worker] + 1
+        return self._stillborn[worker] < ATTEMPTS
 
     def overdue(self, now: float) -> list[int]:
         """Workers with a shard that have said nothing for too long."""

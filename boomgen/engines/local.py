@@ -5,7 +5,6 @@ output goes to a log. A worker that dies is noticed by its closed pipe, its shar
 only shard numbers, so a shard made twice is harmless.
 """
 
-import collections
 import contextlib
 import json
 import os
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from boomgen import env
-from boomgen.engines.handout import ATTEMPTS, Event, HandOut, set_aside
+from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
@@ -97,7 +96,6 @@ class LocalEngine:
         self.run_dir, self.devices, self.allow_mixed, self.patience = run, devices, allow_mixed, patience
         self.hands: dict[int, _Hand] = {}
         self.selector = selectors.DefaultSelector()
-        self.stillborn: collections.Counter[int] = collections.Counter()
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
         """Make the shards in this order of hand-out; every event as it happens.
@@ -133,13 +131,7 @@ class LocalEngine:
         if events is None:
             return self._lost(hand, handout)
         for event in events:
-            now = time.monotonic()
-            if event.kind == "tick":
-                handout.tick(hand.number, now)
-            if event.kind == "done":
-                handout.done(hand.number, now)
-            if event.kind == "failed":
-                handout.failed(hand.number, event.text)
+            handout.hear(hand.number, event, time.monotonic())
             if event.kind in ("ready", "done"):
                 hand.started, hand.idle = True, True
         return events
@@ -157,9 +149,8 @@ class LocalEngine:
     def _lost(self, hand: _Hand, handout: HandOut) -> list[Event]:
         self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
         hand.close()
-        self.stillborn[hand.number] = 0 if hand.started else self.stillborn[hand.number] + 1
         del self.hands[hand.number]
-        if self.stillborn[hand.number] >= ATTEMPTS:
+        if not handout.again(hand.number, hand.started):
             if handout.open and not self.hands:
                 raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
             return [Event("gone", -1, f"worker {hand.number} ({hand.device}) dies while starting; see {hand.log}")]

@@ -4,6 +4,7 @@ Everything of boomgen is the real thing: devices are counted, planned, claimed b
 """
 
 import os
+import threading
 from typing import Any
 
 import torch
@@ -38,3 +39,12 @@ torch.cuda.get_device_name = lambda *_: "made-up GPU"
 torch.cuda.is_bf16_supported = lambda **_: False
 torch.cuda.synchronize = lambda *_: None
 OnCPU().__enter__()
+run_thread = threading.Thread.run
+
+
+def _run(thread: threading.Thread) -> None:
+    with OnCPU():  # the mode is of a thread alone
+        run_thread(thread)
+
+
+threading.Thread.run = _run
