@@ -24,7 +24,7 @@ from tests.conftest import Complaint, PlanTiny
 from tests.finished import command_line, made
 from tests.test_bytes import AUGMENT, Driver, finish_missing
 
-JOB = AUGMENT | {"steps": 40}  # 15 shards of one batch
+JOB = AUGMENT | {"steps": 100}  # 15 shards of one batch
 TOKEN = "hf_of_the_test"
 MADEUP = Path(__file__).parents[1] / "madeup"
 
@@ -45,16 +45,20 @@ class RayDriver(Driver):
         self.look()
         return [process for process in self.seen if _told(process).startswith("ray::Actor")]
 
-    def wait_busy(self, made_since: int = 1) -> None:
-        """Until some shards more are whole and others are in the making."""
-        self.wait_published(len(self.run.published()) + made_since)
-        self.wait_for(lambda: bool(self.actors()) and any(self.run.staging.iterdir()))
+    def wait_busy(self) -> None:
+        """Until a shard is whole, and both actors have one in hand."""
+        self.wait_published(len(self.run.published()) + 1)
+        self.wait_for(lambda: _in_hand(self.run) == 2 == len(self.actors()))
 
     def no_orphan(self) -> bool:
         end = time.monotonic() + 30
         while any(map(_told, self.seen)) and time.monotonic() < end:
             time.sleep(0.05)
         return not any(map(_told, self.seen))
+
+
+def _in_hand(run: RunDir) -> int:
+    return len(list(run.staging.iterdir()))
 
 
 def _told(process: psutil.Process) -> str:
@@ -236,8 +240,8 @@ def test_node_lost(plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.Monk
     run = RunDir(tmp_path / "run")
     with two_nodes() as (cluster, second):
         driver = Driver(run, "boomgen", "resume", str(run.path), "--engine", "ray", "--ray-address", cluster.address)
-        driver.wait_for(lambda: len(list(run.logs.glob("worker-*.log"))) == 2)
-        driver.wait_published(4)
+        driver.wait_published(1)
+        driver.wait_for(lambda: _in_hand(run) == 2)
         cluster.remove_node(second, allow_graceful=False)
         code, _, err = driver.end()
         assert code == 0, err
