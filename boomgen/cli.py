@@ -298,7 +298,7 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     working = on_run("work", work, text, "--part 0/4", "--shards 0 --device cpu")
     working.add_argument("--part", metavar="I/N", help="only every Nth shard, from the Ith (counted from 0)")
     working.add_argument("--shards", metavar="LIST", help="only these, as 0-3,7")
-    launched = frozenset({"out", "gpus", "workers", "patience", "secret_file", "allow_pickle"})
+    launched = frozenset({"out", "gpus", "workers", "engine", "ray_address", "patience", "secret_file", "allow_pickle"})
     add_flags(working, Launch, leave_out=launched)
     logs_of = on_run("logs", logs, "what the workers said", "", "--failed")
     logs_of.add_argument("--failed", action="store_true", help="only what failed: each row and shard, with its reason")
