@@ -256,8 +256,8 @@ def usual(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
 @pytest.mark.parametrize(
     "odd",
     [
-        pytest.param({"CLOCK": "back"}, id="the clock goes back at every look"),
-        pytest.param({"HOME": None}, id="no home"),
+        pytest.param({"CLOCK": "back"}, id="the clock goes back at every look", marks=pytest.mark.slow),
+        pytest.param({"HOME": None}, id="no home", marks=pytest.mark.slow),
         pytest.param({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}, id="a locale without UTF-8"),
     ],
 )

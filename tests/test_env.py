@@ -16,6 +16,7 @@ from .conftest import PlanTiny
 
 
 def test_every_gpu_worker_sees_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for visible, seen in ((None, "2"), ("4,5,6,7", "6"), ("GPU-a,GPU-b,GPU-c", "GPU-c")):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         if visible:

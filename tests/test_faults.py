@@ -60,7 +60,7 @@ def trial(preloaded: dict[str, str], root: Path, every: int, linkage: list[str])
 
 
 @pytest.mark.parametrize("linkage", [PRIVATE, NONE], ids=["private", "none"])
-@pytest.mark.parametrize("every", [pytest.param(36, id="some"), pytest.param(1, id="each", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [pytest.param(60, id="some"), pytest.param(1, id="each", marks=pytest.mark.slow)])
 def test_any_operation_on_files_may_fail(
     preloaded: dict[str, str],
     place: Path,

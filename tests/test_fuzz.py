@@ -41,7 +41,7 @@ from .test_sources_cifar import batch
 
 Reader = Callable[[bytes], Any]
 SECONDS = 30  # an input that takes longer hangs
-SOME = pytest.param(1500, id="some")
+SOME = pytest.param(1000, id="some")
 MANY = pytest.param(26_000, id="many", marks=pytest.mark.slow)
 often = pytest.mark.parametrize("count", [SOME, MANY])
 

@@ -121,6 +121,7 @@ def test_a_killed_worker_is_told_of_and_made_good(
     whole(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_cancelled_array_leaves_nothing_half_made_and_is_resumed_here(
     cluster: Cluster, submit: Submit, boomgen: Any, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
 ) -> None:
