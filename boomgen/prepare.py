@@ -130,6 +130,10 @@ def default_out(job: Job) -> Path:
     return Path("runs") / f"{name}-{job.mode}-{str(job.t_boom).replace('/', 'of')}"
 
 
+def _out(resolved: Resolved, launch: Launch) -> Path:
+    return Path(launch.out) if launch.out else default_out(resolved.job)
+
+
 def prepare(job: Job, launch: Launch) -> RunDir:
     """The run folder of this job: planned anew, or the existing one if it was planned for the same job.
 
@@ -137,7 +141,7 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         UsageError: the folder holds another job's plan (the differing settings are named), the source is empty, ...
     """
     resolved = resolve(job)
-    out = Path(launch.out) if launch.out else default_out(resolved.job)
+    out = _out(resolved, launch)
     if (out / "plan.json").exists():
         return reopen(out, resolved, launch)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -170,7 +174,7 @@ def prepare(job: Job, launch: Launch) -> RunDir:
 def await_plan(job: Job, launch: Launch) -> RunDir:
     """The run folder of this job, once another process has planned it."""
     resolved = resolve(job)
-    out = Path(launch.out) if launch.out else default_out(resolved.job)
+    out = _out(resolved, launch)
     waited = 0.0
     while not (out / "plan.json").exists():
         time.sleep(LOOK_AGAIN)

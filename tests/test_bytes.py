@@ -115,14 +115,16 @@ def _killed(run: RunDir, failpoint: str, number: int) -> int:
 
 
 class Driver:
-    """`boomgen resume` as a process of its own, and its workers."""
+    """`boomgen resume`, or another command, as a process of its own or of a launcher, and its workers."""
 
-    def __init__(self, run: RunDir, *command: str, workers: int = 2) -> None:
+    def __init__(
+        self, run: RunDir, *command: str, workers: int = 2, launcher: tuple[str, ...] = (sys.executable, "-m")
+    ) -> None:
         self.run = run
         line = command or ("boomgen", "resume", str(run.path), "--device", "cpu", "--workers", str(workers))
         assert line[0] == "boomgen"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *line],
+            [*launcher, *line],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

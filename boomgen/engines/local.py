@@ -16,7 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import IO, Any
 
 from boomgen import env
 from boomgen.engines.handout import Event, HandOut, set_aside
@@ -207,7 +207,7 @@ def make_logged(worker: Any, shard: int, tick: Callable[[int], None], log: Calla
 
 def _serve_shard(worker: Any, shard: int, say: Any) -> None:
     try:
-        record = make_logged(worker, shard, lambda rows: say("tick", shard, rows=rows), _log)
+        record = make_logged(worker, shard, lambda rows: say("tick", shard, rows=rows), write_log)
     except BrokenPipeError:
         sys.exit(75)  # the driver has gone
     except BoomgenError as err:
@@ -221,9 +221,10 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
         say("done", shard, rows=record["rows"], ok=record["ok"])
 
 
-def _log(text: str) -> None:
+def write_log(text: str, file: IO[str] | None = None) -> None:
+    """Add to a worker's log; None: its stderr is the log."""
     with contextlib.suppress(OSError):  # on a full disk the shard counts, not the talk about it
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(text), file=file or sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

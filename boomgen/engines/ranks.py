@@ -10,14 +10,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
-from boomgen.engines.local import make_logged
+from boomgen.engines.local import make_logged, write_log
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.run import RunDir
-from boomgen.untrusted import printable
 
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch
@@ -142,12 +141,7 @@ class _Maker:
 def _log(run: RunDir, name: int) -> Iterator[Callable[[str], None]]:
     run.logs.mkdir(exist_ok=True)
     with (run.logs / f"worker-{name:03d}.log").open("a", encoding="utf-8") as file:
-        yield lambda text: _write(file, text)
-
-
-def _write(file: IO[str], text: str) -> None:
-    with contextlib.suppress(OSError):  # on a full disk the shard counts, not the talk about it
-        print(printable(text), file=file, flush=True)
+        yield lambda text: write_log(text, file)
 
 
 class _Others:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from boomgen.engines.handout import Event, HandOut, set_aside
-from boomgen.engines.local import OFFLINE, SECRETS, _log, _serve_shard
+from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.run import RunDir
 
@@ -64,7 +64,7 @@ class Actor:
         except BoomgenError as err:
             say("fatal", text=str(err))
         except Exception:
-            _log(traceback.format_exc())
+            write_log(traceback.format_exc())
             raise
         else:
             say("ready")

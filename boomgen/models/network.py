@@ -50,9 +50,11 @@ def _class(kind: str) -> Any:
     """The network's class in diffusers, or boomgen's own."""
     import diffusers
 
-    from boomgen.models.adm import GuidedDiffusionUNet
+    if hasattr(diffusers, kind):
+        return getattr(diffusers, kind)
+    from boomgen.models import adm  # only where it is needed: workers wait for imports
 
-    return GuidedDiffusionUNet if kind == GuidedDiffusionUNet.__name__ else getattr(diffusers, kind)
+    return getattr(adm, kind)
 
 
 def _fuse(info: ModelInfo, net: Any) -> None:

@@ -6,8 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from boomgen.run import RunDir, numbers, ranges
 
 from ..conftest import Complaint, PlanTiny
 from ..finished import command_line, made
-from ..test_bytes import LONG
+from ..test_bytes import LONG, Driver
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
@@ -125,40 +123,11 @@ def test_parts_together_are_the_run(plan_tiny: PlanTiny, undisturbed: Any, tmp_p
 # The real launchers ------------------------------------------------------------------------------------------------
 
 
-class Launched:
-    """A launcher and its ranks, as a process group of their own."""
-
-    def __init__(self, launcher: list[str], *command: Any, **environ: str) -> None:
-        self.process = subprocess.Popen(
-            [*launcher, "-m", "boomgen", *map(str, command)],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | environ,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def ranks(self) -> list[int]:
-        """Pids of the ranks that there are."""
-        found = []
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if int((place / "stat").read_text().rpartition(")")[2].split()[1]) == self.process.pid:
-                    found.append(int(place.name))
-            except OSError:
-                continue
-        return sorted(found)
-
-    def wait_for(self, done: Callable[[], bool]) -> None:
-        end = time.monotonic() + 240
-        while not done():
-            assert self.process.poll() is None, self.end()
-            assert time.monotonic() < end, "no progress"
-            time.sleep(0.02)
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=240)
-        return self.process.returncode, out, err
+def both_busy(launcher: list[str], run: RunDir) -> Driver:
+    """A launcher with two ranks, each of which has a shard in hand."""
+    driver = Driver(run, "boomgen", "work", str(run.path), launcher=(*launcher, "-m"))
+    driver.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
+    return driver
 
 
 def closed(run: RunDir) -> dict[str, str]:
@@ -175,9 +144,9 @@ def test_rank_0_plans_and_closes_under_accelerate(
     """And the other waits for the plan; one of the two tells of the run."""
     job, out = plan_tiny(tmp_path / "like", **LONG).plan.job, tmp_path / "run"
     command = command_line(job, out, "--secret-file", str(secret_file), "--device", "cpu", verb="anonymize")
-    code, told, err = Launched(ACCELERATE, *command).end()
-    assert code == 0, err
-    assert told.count("rows      100 ok of 100") == 1
+    done = subprocess.run([*ACCELERATE, "-m", "boomgen", *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("rows      100 ok of 100") == 1
     run = RunDir(out)
     logs = [path.read_text() for path in run.logs.iterdir()]
     assert 13 <= sum(text.count(" done: ") for text in logs) <= 14  # a shard may be made twice at the end
@@ -190,9 +159,8 @@ def test_a_killed_rank_ends_the_launch_and_any_engine_finishes(
     tmp_path: Path,
 ) -> None:
     run = plan_tiny(tmp_path / "run", **LONG)
-    launched = Launched(TORCHRUN, "work", run.path)
-    launched.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
-    os.kill(launched.ranks()[1], signal.SIGKILL)
+    launched = both_busy(TORCHRUN, run)
+    os.kill(launched.workers()[1], signal.SIGKILL)
     code, _, err = launched.end()
     assert code == 1, err
     assert 2 <= len(run.published()) < 13
@@ -211,9 +179,8 @@ def test_a_stopped_rank_does_not_stop_the_run(
 ) -> None:
     """The other takes its shards, after it was silent for a while; woken, it finds nothing to do."""
     run = plan_tiny(tmp_path / "run", **LONG)
-    launched = Launched(launcher, "work", run.path)
-    launched.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
-    stopped = launched.ranks()[1]
+    launched = both_busy(launcher, run)
+    stopped = launched.workers()[1]
     os.kill(stopped, signal.SIGSTOP)
     launched.wait_for(lambda: len(run.published()) == 13)
     os.kill(stopped, signal.SIGCONT)
@@ -227,9 +194,8 @@ def test_a_stopped_rank_does_not_stop_the_run(
 def test_killed_ranks_start_again(launcher: list[str], plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
     """The launcher's restarts start all ranks anew; they go on."""
     run, flag = plan_tiny(tmp_path / "run", **LONG), "--max_restarts" if launcher is ACCELERATE else "--max-restarts"
-    launched = Launched([*launcher, flag, "2"], "work", run.path)
-    launched.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
-    os.kill(launched.ranks()[0], signal.SIGKILL)
+    launched = both_busy([*launcher, flag, "2"], run)
+    os.kill(launched.workers()[0], signal.SIGKILL)
     code, _, err = launched.end()
     assert code == 0, err
     assert closed(run) == undisturbed(**LONG)
@@ -243,11 +209,7 @@ def test_two_machines(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> 
     meeting = [*PYTHON, "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     meeting += ["--master-addr", "127.0.0.1", "--master-port", port]
     machines = [
-        Launched(
-            [*meeting, "--node-rank", str(node)],
-            "work",
-            run.path,
-        )
+        Driver(run, "boomgen", "work", str(run.path), launcher=(*meeting, "--node-rank", str(node), "-m"))
         for node in (0, 1)
     ]
     for machine in machines:
