@@ -61,6 +61,8 @@ def show(plan: Plan, missing: Sequence[int], events: Iterable[Event]) -> None:
                 tqdm.write(printable(f"shard {event.shard}: {event.text}"), file=sys.stderr)
             if event.kind == "gone":
                 tqdm.write(printable(f"{event.text}; the others go on"), file=sys.stderr)
+            if event.kind == "waiting":
+                tqdm.write(event.text, file=sys.stderr)
             if count.failed:
                 bar.set_postfix(failed=count.failed, refresh=False)
             if not live and time.monotonic() - last > LINE_EVERY:
