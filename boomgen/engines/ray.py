@@ -20,7 +20,7 @@ from typing import Any
 
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
-from boomgen.engines.ray_cluster import cluster, signals_noted, stdout_kept
+from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 
@@ -156,6 +156,11 @@ class RayEngine:
                 self._start(number)
             wait_told = time.monotonic() + WAIT if self.address else math.inf  # a cluster of our own has room for all
             while handout.open:
+                if part := ended(self.ray):
+                    raise BoomgenError(
+                        f"Ray's {part} was killed, and all workers with it; what is whole stays, go on "
+                        f"with: boomgen resume {self.run_dir.path}"
+                    )
                 hands = {hand.told: hand for hand in self.hands.values() if hand.told is not None}
                 for told in self.ray.wait(list(hands), timeout=LOOK)[0]:
                     for event in self._step(hands[told], handout):

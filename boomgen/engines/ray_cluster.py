@@ -50,6 +50,12 @@ def cluster(address: str | None, kind: str, workers: int | None) -> Iterator[Any
         yield ray
 
 
+def ended(ray: Any) -> str | None:
+    """What a cluster of our own cannot live without and has lost. Ray itself would wait for it to come, for ever."""
+    dead = (kind for kind, _ in ray._private.worker._global_node.dead_processes())
+    return next((kind for kind in dead if kind in ("raylet", "gcs_server")), None)
+
+
 def _reach(address: str) -> None:
     """Raises OSError where nothing listens: Ray itself would try for minutes, deaf to signals."""
     host, _, port = address.rpartition(":")

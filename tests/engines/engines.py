@@ -168,7 +168,7 @@ class Ray(Engine):
         self.cluster: Any = None
 
     def start(self, run: RunDir, *more: Any, workers: int = 2) -> Going:
-        self._mend()
+        self.mend()
         (second,) = self.cluster.worker_nodes
         where = ("--device", "cpu", "--workers", str(workers), "--ray-address", self.cluster.address)
         command = ("boomgen", "resume", str(run.path), "--engine", "ray", *where, *map(str, more))
@@ -177,7 +177,8 @@ class Ray(Engine):
         going.others = lambda: of_driver() | _raylet(second)
         return going
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
+        """Have the second node there."""
         if self.cluster is None:
             self.cluster = self._stack.enter_context(ray_cluster())
         for node in list(self.cluster.worker_nodes):

@@ -110,6 +110,23 @@ def test_nothing_outlives_a_driver_that_was_stopped_while_it_started_ray_or_kill
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_a_cluster_that_lost_what_it_cannot_live_without_ends_the_run(
+    plan_tiny: PlanTiny, tmp_path: Path, part: str
+) -> None:
+    """Ray itself waits for it, for ever."""
+    run = plan_tiny(tmp_path / "run", **JOB)
+    with driver(run) as (going, folders):
+        going.wait_published(1)
+        next(found for found in psutil.Process(going.process.pid).children() if found.name() == part).kill()
+        code, out, err = going.end()
+        assert (code, out) == (1, "")
+        said = f"Ray's {part} was killed, and all workers with it; what is whole stays, go on with: boomgen resume "
+        assert err.splitlines()[-1] == f"boomgen: {said}{run.path}"
+        assert folders() == []
+
+
+@pytest.mark.slow
 def test_workers_that_die_while_starting(plan_tiny: PlanTiny, tmp_path: Path, boomgen: Any) -> None:
     """Of two that cannot write their logs, the run ends; of one, the other makes all."""
     run = plan_tiny(tmp_path / "run")
