@@ -1,7 +1,9 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test check slow audit clean
+.PHONY: demo test check slow soak audit clean
+
+KILLS ?= 100
 
 demo: .venv/ready
 	$(BIN)/boomgen anonymize --dataset fashion-sample --t-boom 0.4 --out runs/demo
@@ -12,6 +14,9 @@ test: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+
+soak: .venv/ready
+	$(BIN)/python -m tests.engines.soak --kills $(KILLS)
 
 check: .venv/ready
 	$(BIN)/ruff check .

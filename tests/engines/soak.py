@@ -143,6 +143,9 @@ def disturb(site: Engine, name: str, run: RunDir, kills: int, chance: random.Ran
                     done[kind] += 1
                     due.pop(0)
                     say(f"{name}: {whole} of {run.plan.shards} shards, kill {done.total()} of {kills}: {kind}")
+                    if kind == "slurmstepd" and isinstance(site, Slurm):  # a controller learns of it by this alone
+                        for node in NODES:
+                            site.cluster.daemons[node].terminate()
         mend(site)
         time.sleep(0.1)
         if ended(site, going) and not closed(run):
