@@ -172,7 +172,7 @@ def _told(err: Exception, where: object) -> Exception:
     if isinstance(err, LASTING):
         return err
     if isinstance(err, OSError) or any(kind.startswith(("botocore.", "aiohttp.")) for kind in kinds):
-        return StorageError(f"{where}: {_line(err)}; expected an answer: check network and AWS_ENDPOINT_URL, or wait")
+        return StorageError(f"{where}: {_line(err)}; expected an answer: check network and AWS_ENDPOINT_URL")
     return err
 
 

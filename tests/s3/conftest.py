@@ -4,7 +4,6 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
-import s3fs
 
 from .server import S3, serving
 
@@ -26,7 +25,5 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     s3_server.faults.clear()
     s3_server.met.clear()
     s3_server.asked.clear()
-    s3fs.S3FileSystem.clear_instance_cache()
     yield s3_server
     s3_server.faults.clear()
-    s3fs.S3FileSystem.clear_instance_cache()
