@@ -12,6 +12,9 @@ from s3fs import S3FileSystem
 
 from boomgen import places
 from boomgen.cli import main
+from boomgen.errors import UsageError
+from boomgen.job import Job
+from boomgen.prepare import resolve
 from boomgen.run import RunDir
 from boomgen.sources import Planned, open_source
 
@@ -203,6 +206,18 @@ def test_urls_that_lead_nowhere(complaint: Complaint, s3: S3, tiny_model: Path, 
 def test_kinds_that_are_read_from_disks_only(tmp_path: Path, memory: Upload, name: str) -> None:
     url = memory(write(tmp_path, name))
     assert refused(url) == f"{url} holds {name.partition('/')[0]}; {ALL} the folder"
+
+
+def test_named_data_sets_may_lie_at_urls(tmp_path: Path, memory: Upload) -> None:
+    url = memory(classes(tmp_path))
+    own = tmp_path / "own.yaml"
+    own.write_text(f"name: own\ninner: [none/here, a]\ndata_dir: {url}\n")
+    ask = {"mode": "augment", "model": "m", "t_boom": "0.4"}
+    assert resolve(Job(dataset=str(own), **ask)).location == f"{url}/a"
+    named = resolve(Job(dataset="celeba-hq", data_dir=f"{url}/", **ask))
+    assert (named.location, named.job.data_dir) == (url, url)
+    with pytest.raises(UsageError, match=f"--data-dir {url}/no does not exist; expected the folder of celeba-hq"):
+        resolve(Job(dataset="celeba-hq", data_dir=f"{url}/no", **ask))
 
 
 def test_servers_that_refuse_or_are_not_there(
