@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from boomgen import __version__, catalog, choose, env, hub, index, keys, models
 from boomgen.errors import UsageError
 from boomgen.job import ENHANCE, Job, Launch
-from boomgen.places import is_url
+from boomgen.places import place
 from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
@@ -133,13 +133,16 @@ def default_out(job: Job) -> Path:
 
 
 def _out(resolved: Resolved, launch: Launch) -> Path:
-    folder = launch.private_dir if _store(launch) else launch.out
-    return Path(folder) if folder else default_out(resolved.job)
+    there = place(launch.out) if launch.out else None
+    if isinstance(there, Path):
+        return there
+    return Path(launch.private_dir) if launch.private_dir else default_out(resolved.job)
 
 
 def _store(launch: Launch) -> str | None:
     """The object store that the outputs go to."""
-    return launch.out.rstrip("/") if launch.out and is_url(launch.out) else None
+    there = place(launch.out) if launch.out else None
+    return None if there is None or isinstance(there, Path) else str(there)
 
 
 def prepare(job: Job, launch: Launch) -> RunDir:

@@ -20,7 +20,7 @@ from upath import UPath
 
 from boomgen import manifest
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.places import Place, insist
+from boomgen.places import Place, StorageError, exists, files, insist, line, place
 from boomgen.shard import (
     DONE,
     PART,
@@ -142,8 +142,8 @@ class Bucket:
     """
 
     def __init__(self, url: str, run: Path) -> None:
-        self.url, self.run = UPath(url), run
-        self.dataset, self._fs = self.url / "dataset", self.url.fs
+        self.url, self.run = UPath(place(url)), run
+        self.dataset, self._fs = self.url / "dataset", files(self.url)
 
     def whole(self) -> set[int]:
         with self._reached():
@@ -151,7 +151,7 @@ class Bucket:
 
     def holds(self, number: int) -> bool:
         with self._reached():
-            return insist((self.where(number) / DONE).exists)
+            return exists(self.where(number) / DONE)
 
     def where(self, number: int) -> UPath:
         return self.url / "shards" / f"{number:05d}"
@@ -161,7 +161,7 @@ class Bucket:
         if copy.exists():
             return copy.read_bytes()
         with self._reached():
-            return insist((self.where(number) / DONE).read_bytes)
+            return self._get(self.where(number) / DONE)
 
     def part(self, number: int) -> Path:
         return self._private(number) / f"{self._hash(number, PART)}.parquet"
@@ -172,16 +172,16 @@ class Bucket:
 
     def publish(self, shard: ShardWriter) -> bool:
         data, number = (shard.folder / DONE).read_bytes(), shard.number
-        files = unseal(data)["files"]
-        part = self._private(number) / f"{files[PART]['sha256']}.parquet"
+        hashes = {name: file["sha256"] for name, file in unseal(data)["files"].items()}
+        part, tar = self._private(number) / f"{hashes[PART]}.parquet", self.where(number) / f"{hashes[TAR]}.tar"
         with self._reached():
-            tar = self.where(number) / f"{files[TAR]['sha256']}.tar"
-            insist(lambda: self._fs.put_file(str(shard.folder / TAR), tar.path))
-            failpoint("tar-put", number)
-            part.parent.mkdir(parents=True, exist_ok=True)
-            (shard.folder / PART).replace(part)
-            sync(part.parent)
-            failpoint("part-placed", number)
+            insist(lambda: self._fs.put_file(str(shard.folder / TAR), tar.path), tar)
+        failpoint("tar-put", number)
+        part.parent.mkdir(parents=True, exist_ok=True)
+        (shard.folder / PART).replace(part)
+        sync(part.parent)
+        failpoint("part-placed", number)
+        with self._reached():
             first = self._put_first(self.where(number) / DONE, data)
         failpoint("record-put", number)
         if first:
@@ -205,7 +205,7 @@ class Bucket:
 
     def closed(self) -> bool:
         with self._reached():
-            return insist((self.dataset / CARD).exists)
+            return exists(self.dataset / CARD)
 
     def close(self, tars: Mapping[int, str], texts: Mapping[str, bytes]) -> None:
         """Tars are copied within the store. The card comes last, since it says that all is there; then a shard's own
@@ -217,7 +217,7 @@ class Bucket:
                     self._put(self.dataset / name, texts[name])
         with self._reached():
             if left := [name for name in self._find() if name.endswith(".tar")]:
-                insist(lambda: self._fs.rm(left))
+                insist(lambda: self._fs.rm(left), self.url)
 
     def claim(self, plan_sha256: str) -> None:
         """Take this place for a plan.
@@ -232,7 +232,7 @@ class Bucket:
     def taken(self) -> bool:
         """Whether a plan has claimed it; also whether it can be reached at all."""
         with self._reached():
-            return insist((self.url / CLAIM).exists)
+            return exists(self.url / CLAIM)
 
     def _private(self, number: int) -> Path:
         return self.run / "shards" / f"{number:05d}"
@@ -247,33 +247,35 @@ class Bucket:
         return self.where(number) / f"{self._hash(number, TAR)}.tar"
 
     def _put(self, name: UPath, data: bytes) -> None:
-        insist(lambda: self._fs.pipe_file(name.path, data))
+        insist(lambda: self._fs.pipe_file(name.path, data), name)
 
     def _put_first(self, name: UPath, data: bytes) -> bool:
         """Whether nobody had put anything else under this name."""
         try:
-            insist(lambda: self._fs.pipe_file(name.path, data, mode="create"))
+            insist(lambda: self._fs.pipe_file(name.path, data, mode="create"), name)
         except FileExistsError:  # perhaps it is this, and the answer was lost
-            return insist(name.read_bytes) == data
+            return self._get(name) == data
         return True
 
+    def _get(self, name: UPath) -> bytes:
+        return insist(lambda: bytes(self._fs.cat_file(name.path)), name)
+
     def _copy(self, origin: UPath, target: UPath) -> None:
-        insist(lambda: self._fs.cp_file(origin.path, target.path))
+        insist(lambda: self._fs.cp_file(origin.path, target.path), target)
 
     def _find(self) -> list[str]:
         """All that lies in the shards' folders."""
         self._fs.invalidate_cache()
-        return insist(lambda: list(self._fs.find((self.url / "shards").path)))
+        return insist(lambda: list(self._fs.find((self.url / "shards").path)), self.url)
 
     @contextmanager
     def _reached(self) -> Iterator[None]:
         try:
             yield
         except OSError as err:
-            why = " ".join(str(err).split()) or type(err).__name__
-            raise BoomgenError(
-                f"{self.url} cannot be used ({why}); what is whole stays, go on with: boomgen resume {self.run}"
-            ) from err
+            told = str(err) if isinstance(err, StorageError | PermissionError) else f"{self.url}: {line(err)}"
+            again = f"; then go on with: boomgen resume {self.run}" if (self.run / "plan.json").exists() else ""
+            raise BoomgenError(f"{told}{again}") from err
 
 
 def open_store(url: str | None, run: Path) -> Folder | Bucket:
