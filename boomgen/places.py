@@ -12,12 +12,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from io import RawIOBase
+from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import fsspec
-from fsspec.config import conf
+from fsspec.config import conf, set_conf_env
 from upath import UPath
 
 from boomgen.errors import UsageError
@@ -98,6 +98,7 @@ def place(text: str) -> Place:
         return Path(rest)
     if not rest.strip("/"):
         raise UsageError(f"{text} names no place; expected as much as {protocol}://bucket/folder")
+    set_conf_env(conf)  # a worker is told its secrets after its imports
     for name in ("s3", "s3a"):
         settings = conf.setdefault(name, {})
         settings.setdefault("config_kwargs", PATIENCE)
@@ -113,6 +114,12 @@ def place(text: str) -> Place:
             f"{text}: {' '.join(str(err).split())}; expected a path, or a URL that fsspec knows, as s3://bucket/folder"
         ) from err
     return where
+
+
+def settled(text: str) -> str:
+    """A path without links or dots, or a URL, as a plan writes it; errors as `place` has them."""
+    where = place(text)
+    return str(where.resolve() if isinstance(where, Path) else where)
 
 
 def files(where: UPath) -> Any:
@@ -221,6 +228,18 @@ def forget() -> None:
     _listing.cache_clear()
 
 
+def below(entry: Entry, folder: Place) -> str:
+    """The path of an entry relative to a folder above it."""
+    if isinstance(folder, Path):
+        return Path(entry.path).relative_to(folder).as_posix()
+    return entry.path.removeprefix(folder.path.rstrip("/")).lstrip("/")
+
+
+def beside(entry: Entry, name: str) -> Place:
+    """The place of that name in the folder of an entry."""
+    return entry.folder / name if isinstance(entry, Listed) else Path(entry.path).with_name(name)
+
+
 def names(folder: Place) -> list[str]:
     """The sorted names in a folder; none where there is no folder."""
     try:
@@ -248,8 +267,23 @@ def read(where: Place, start: int, size: int) -> bytes:
     return insist(ask, where) if size else b""
 
 
-class Ranges(RawIOBase):
-    """A file at a URL as a raw stream: to be read through io.BufferedReader, which asks for BUFFER bytes at once."""
+def beginning(where: Place, size: int) -> bytes:
+    """The first bytes of a file; none where there is no file."""
+    if isinstance(where, Path) and not where.is_file():  # a pipe would be waited for
+        return b""
+    try:
+        return read(where, 0, size)
+    except FileNotFoundError:
+        return b""
+
+
+def opened(where: Place) -> IO[bytes]:
+    """A file to be read from one end to the other."""
+    return where.open("rb") if isinstance(where, Path) else BufferedReader(_Ranges(where), BUFFER)
+
+
+class _Ranges(RawIOBase):
+    """A file at a URL, each `readinto` one request. The size is not asked: a read beyond the end finds nothing."""
 
     def __init__(self, where: UPath) -> None:
         self._where, self._at = where, 0

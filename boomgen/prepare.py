@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from boomgen import __version__, catalog, choose, env, hub, index, keys, models
+from boomgen import __version__, catalog, choose, env, hub, index, keys, models, places
 from boomgen.errors import UsageError
 from boomgen.job import ENHANCE, Job, Launch
 from boomgen.places import place
@@ -86,7 +86,7 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
             "fit": job.fit or (preset.fit if preset else "crop"),
             "linkage": job.linkage or ("private" if job.mode == "anonymize" else "public"),
             "labels": job.labels or ("drop" if identity else "keep"),
-            "data_dir": str(Path(job.data_dir).resolve()) if job.data_dir else None,
+            "data_dir": places.settled(job.data_dir) if job.data_dir else None,
         }
     )
 
@@ -95,15 +95,17 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
     if job.data_dir:
         if not preset and Path(job.dataset).exists():
             raise UsageError(f"--dataset {job.dataset} is a place itself; drop --data-dir {job.data_dir}")
-        if not Path(job.data_dir).exists():
+        if not places.exists(places.place(job.data_dir)):
             raise UsageError(f"--data-dir {job.data_dir} does not exist; expected the folder of {job.dataset}")
-        return _inner(Path(job.data_dir).resolve(), preset)
+        return _inner(job.data_dir, preset)
     if preset and preset.data_dir:
-        if not Path(preset.data_dir).exists():
+        if not places.exists(places.place(preset.data_dir)):
             raise UsageError(f"data set {job.dataset}: data_dir {preset.data_dir} does not exist; expected its folder")
-        return _inner(Path(preset.data_dir).resolve(), preset)
+        return _inner(preset.data_dir, preset)
     if preset and preset.builtin:
         return f"builtin:{preset.builtin}"
+    if places.is_url(job.dataset):
+        return places.settled(job.dataset)
     if job.dataset.endswith(catalog.YAML) and not preset:
         raise UsageError(f"--dataset {job.dataset} is no file; expected a YAML file that describes a data set")
     if Path(job.dataset).exists() and not job.dataset.endswith(catalog.YAML):
@@ -116,14 +118,15 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
         raise UsageError(f"{preset.name} needs --data-dir DIR: {preset.note or 'no copy on the Hub is known'}")
     raise UsageError(
         f"no data set {job.dataset!r}{catalog.suggest(job.dataset, catalog.datasets())}; expected a name "
-        "(boomgen datasets), an existing folder or .tar, or owner/name on the Hugging Face Hub"
+        "(boomgen datasets), an existing folder or .tar, s3://bucket/folder, or owner/name on the Hugging Face Hub"
     )
 
 
-def _inner(place: Path, preset: catalog.DataSet | None) -> str:
+def _inner(text: str, preset: catalog.DataSet | None) -> str:
     """The part of a folder that a data set is read from."""
+    place = places.place(places.settled(text))
     parts = (place / part for part in (preset.inner if preset else ()))
-    return str(next((part for part in parts if part.exists()), place))
+    return str(next(filter(places.exists, parts), place))
 
 
 def default_out(job: Job) -> Path:
@@ -283,6 +286,7 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
     source, told = _open(resolved)
     path = folder / "index.parquet"
     rows = index.build(source, path, job.limit)
+    places.forget()
     labels = index.Index(path).label_counts()
     planned = SourcePlan(
         location=resolved.location,
@@ -345,11 +349,9 @@ def fetch(job: Job, launch: Launch) -> dict[str, str]:
     model = models.inspect(str(resolved.job.model), launch.allow_pickle, resolved.job.lora)
     source, _ = _open(resolved)
     commit = getattr(source, "revision", None)
-    place = hub.dataset(resolved.location, commit) if commit else Path(catalog.resolved(resolved.location))
-    return {
-        "model": f"{model.name}, {hub.whereabouts(model.root)}",
-        "data set": f"{job.dataset}, {hub.whereabouts(place)}",
-    }
+    place = hub.dataset(resolved.location, commit) if commit else places.place(catalog.resolved(resolved.location))
+    here = hub.whereabouts(place) if isinstance(place, Path) else "read from there by each run"
+    return {"model": f"{model.name}, {hub.whereabouts(model.root)}", "data set": f"{job.dataset}, {here}"}
 
 
 def _secret(job: Job, launch: Launch) -> bytes:

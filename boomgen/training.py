@@ -28,7 +28,7 @@ from boomgen.index import Index
 from boomgen.plan import Plan, SourcePlan
 from boomgen.run import RunDir, ranges
 from boomgen.shard import PART, TAR
-from boomgen.sources.base import Row, Source
+from boomgen.sources.base import Reader, Row
 
 ORIGINAL = -1
 """In place of a version's number: the original."""
@@ -193,7 +193,7 @@ def _picture(plan: Plan, file: bytes) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def _source(process: int, source: SourcePlan) -> Source:
+def _source(process: int, source: SourcePlan) -> Reader:
     """The source, opened once by each process: forked workers must not share a file position."""
     return source.open()
 
