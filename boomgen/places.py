@@ -146,7 +146,7 @@ def insist(call: Callable[[], T], where: object) -> T:
             if pause is None or not _may_pass(err):
                 raise _told(err, where) from err
             seconds = pause * random.uniform(0.75, 1.25)
-            print(f"{where}: {_line(err)}; asking again in {seconds:.0f} s", file=sys.stderr, flush=True)
+            print(f"{where}: {line(err)}; asking again in {seconds:.0f} s", file=sys.stderr, flush=True)
             time.sleep(seconds)
     raise AssertionError("the last try has no pause")
 
@@ -166,17 +166,17 @@ def _told(err: Exception, where: object) -> Exception:
     kinds = _kinds(err)
     if isinstance(err, PermissionError) or not UNKNOWN.isdisjoint(kinds):
         return PermissionError(
-            f"{where}: {_line(err)}; expected credentials that may use it, in AWS_PROFILE, AWS_ACCESS_KEY_ID and "
+            f"{where}: {line(err)}; expected credentials that may use it, in AWS_PROFILE, AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY or ~/.aws (FSSPEC_S3_ANON=true for a public bucket)"
         )
     if isinstance(err, LASTING):
         return err
     if isinstance(err, OSError) or any(kind.startswith(("botocore.", "aiohttp.")) for kind in kinds):
-        return StorageError(f"{where}: {_line(err)}; expected an answer: check network and AWS_ENDPOINT_URL")
+        return StorageError(f"{where}: {line(err)}; expected an answer: check network and AWS_ENDPOINT_URL, or wait")
     return err
 
 
-def _line(err: Exception) -> str:
+def line(err: Exception) -> str:
     """One line; the number of an error stands for nothing at a place that is no disk."""
     text = (err.strerror if isinstance(err, OSError) else None) or str(err) or type(err).__name__
     return " ".join(text.split())[:300].rstrip(".")

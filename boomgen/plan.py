@@ -122,6 +122,7 @@ class Plan(_Frozen):
     chain: ChainPlan
     network: NetworkPlan
     shard_size: int = Field(ge=1)
+    store: str | None = None  # URL of the object store that shards and data set go to; None: the run folder
     secret_commitment: str
     environment: dict[str, str]
 

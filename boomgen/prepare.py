@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 from boomgen import __version__, catalog, choose, env, hub, index, keys, models, places
 from boomgen.errors import UsageError
 from boomgen.job import ENHANCE, Job, Launch
+from boomgen.places import place
 from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
 from boomgen.sources.base import NO_LABEL, Source
+from boomgen.store import Bucket
 
 LOOK_AGAIN = 0.5  # seconds
 
@@ -134,7 +136,16 @@ def default_out(job: Job) -> Path:
 
 
 def _out(resolved: Resolved, launch: Launch) -> Path:
-    return Path(launch.out) if launch.out else default_out(resolved.job)
+    there = place(launch.out) if launch.out else None
+    if isinstance(there, Path):
+        return there
+    return Path(launch.private_dir) if launch.private_dir else default_out(resolved.job)
+
+
+def _store(launch: Launch) -> str | None:
+    """The object store that the outputs go to."""
+    there = place(launch.out) if launch.out else None
+    return None if there is None or isinstance(there, Path) else str(there)
 
 
 def prepare(job: Job, launch: Launch) -> RunDir:
@@ -152,6 +163,8 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     if Path(resolved.location).is_dir() and out.resolve().is_relative_to(resolved.location):
         raise UsageError(f"--out {out} lies inside the data set, which would grow by it; use a place outside")
     device, _ = env.choose_device(launch)
+    if (url := _store(launch)) and Bucket(url, out).taken():
+        raise UsageError(f"{url} holds another run; use another --out, or the --private-dir of that run")
     made = _missing_parents(out)
     _clear_away(out)
     staging = out.parent / f"{_planning(out, str(os.getpid()))}{uuid.uuid4().hex[:8]}"
@@ -159,6 +172,8 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         with _writing(out):
             staging.mkdir(parents=True, mode=0o700)
         _write_plan(staging, resolved, launch, device)
+        if url:
+            Bucket(url, out).claim(sha256_file(staging / "plan.json"))
         with _writing(out):
             try:
                 staging.rename(out)
@@ -230,6 +245,8 @@ def reopen(out: Path, resolved: Resolved, launch: Launch) -> RunDir:
     differences = list(differing(planned, job.model_copy(update={"split": job.split or planned.split})))
     if run.plan.source.location != resolved.location:
         differences.append(f"source {run.plan.source.location} (now {resolved.location})")
+    if run.plan.store != _store(launch):
+        differences.append(f"out {run.plan.store or out} (now {launch.out or out})")
     if launch.secret_file and keys.commitment(_secret(job, launch)) != run.plan.secret_commitment:
         differences.append(f"another secret than {launch.secret_file}")
     if differences:
@@ -252,6 +269,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
         chain=chain,
         network=network,
         shard_size=job.shard_size or choose.shard_size(rows, network.batch_size),
+        store=_store(launch),
         secret_commitment=keys.commitment(secret),
         environment=env.environment(device),
     )

@@ -25,7 +25,8 @@ def status_text(path: Path) -> str:
         lines |= {"data set": str(run.dataset), "manifest": str(run.manifest)}
     lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
     if found.finalised and run.plan.job.linkage == "private":
-        lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
+        rest = "" if run.plan.store else " but dataset/"
+        lines |= {"private": f"everything in {path}{rest} links outputs to people; share only {run.dataset}"}
     return table(lines)
 
 

@@ -145,6 +145,8 @@ def _linked(run: RunDir | Path | str, p: float) -> RunDir:
         raise UsageError(f"p = {p}, expected a probability from 0 to 1")
     if run.plan.job.linkage == "none":
         raise UsageError(f"{run.path} was made with --linkage none, nothing pairs its images with their originals")
+    if run.plan.store:
+        raise UsageError(f"the tars of {run.path} are in {run.plan.store}; train from a run whose tars are on disk")
     if missing := run.missing():
         raise UsageError(f"{run.path} misses shards {ranges(missing)}; go on with: boomgen resume {run.path}")
     len(run.index)  # checks that it is the planned one

@@ -240,6 +240,6 @@ def test_servers_that_refuse_or_are_not_there(
     said = complaint(*ask, code=1)
     assert said.startswith(f"{url}: Could not connect to the endpoint URL")
     assert said.endswith(
-        "expected an answer: check network and AWS_ENDPOINT_URL; mend that and give the same command again"
+        "expected an answer: check network and AWS_ENDPOINT_URL, or wait; mend that and give the same command again"
     )
     S3FileSystem.clear_instance_cache()
