@@ -101,7 +101,7 @@ def place(text: str) -> Place:
     set_conf_env(conf)  # a worker is told its secrets after its imports
     for name in ("s3", "s3a"):
         settings = conf.setdefault(name, {})
-        settings.setdefault("config_kwargs", PATIENCE)
+        settings["config_kwargs"] = PATIENCE | dict(settings.get("config_kwargs", {}))
         settings.setdefault("use_listings_cache", False)  # an index shows what is there, not what was
     try:
         where = UPath(text.rstrip("/"))

@@ -24,7 +24,7 @@ from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
 
-SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET", re.IGNORECASE)
+SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET|^FSSPEC_", re.IGNORECASE)
 """Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
 
 

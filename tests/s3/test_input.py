@@ -12,6 +12,7 @@ from s3fs import S3FileSystem
 
 from boomgen import places
 from boomgen.cli import main
+from boomgen.engines.ray import RayEngine
 from boomgen.errors import UsageError
 from boomgen.job import Job
 from boomgen.prepare import resolve
@@ -24,7 +25,7 @@ from ..source_checks import member, picture, refused, write_tar
 from .server import S3
 
 CARD = {"dataset_info": {"features": [{"name": "cls", "dtype": {"class_label": {"names": ["cat", "dog"]}}}]}}
-HASTE = json.dumps({"config_kwargs": {"read_timeout": 1, "connect_timeout": 1, "retries": {"total_max_attempts": 1}}})
+HASTE = json.dumps({"config_kwargs": {"read_timeout": 1}})
 
 
 def sample(key: str, label: int) -> list:
@@ -133,6 +134,7 @@ def test_a_run_is_the_same_whatever_the_server_does_meanwhile(
     s3.fault("cut", method="GET", path="set-train-1.tar")
     run = plan_tiny(tmp_path / "run", dataset=url)
     assert (run.plan.source.location, s3.met) == (url, {"503": 2, "cut": 1})
+    assert RayEngine(run, "cpu", 1).environ.items() >= (s3.environ | {"FSSPEC_S3": HASTE}).items()
     kinds = ("500", "503", "cut", "hang", "lost")
     faults = [s3.fault(kind, path=f"train-{number}") for number, kind in enumerate(kinds)]
     s3.asked.clear()
