@@ -57,9 +57,8 @@ def _without(name: str, values: dict[str, Any]) -> dict[str, Any]:
 
 def look(run: RunDir) -> Look:
     """How far a run is."""
-    status = run.status()
-    missing = set(status.missing)
-    heard = [] if status.finalised else words(run)
+    said, status = words(run), run.status()  # in this order: a shard that is published meanwhile is not left out
+    heard, missing = [] if status.finalised else said, set(status.missing)
     alive = {each.word.shard for each in heard if not each.gone}
     lost = missing - alive  # whatever of a dead worker is whole or in other hands is no news
     workers = [_seen(each, status.usual) for each in heard if not each.gone or each.word.shard in lost]
@@ -104,7 +103,7 @@ def does(seen: Seen, found: Look) -> str:
         return f"idle for {seen.held:.0f} s"
     if seen.state == "silent":
         return f"silent for {seen.silence:.0f} s, had shard {seen.word.shard}"
-    usual = f", straggles: usual are {found.status.usual:.0f} s" if seen.state == "straggling" else ""
+    usual = f", straggles (usual: {found.status.usual:.0f} s)" if seen.state == "straggling" else ""
     return f"shard {seen.word.shard} for {seen.held:.0f} s{usual}"
 
 

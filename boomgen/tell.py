@@ -76,7 +76,7 @@ def _text(run: "RunDir", look: "Look") -> str:
     lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
     if found.finalised and run.plan.job.linkage == "private":
         lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
-    return "\n\n".join([table(lines), *([columns(list(_workers(look)))] if look.workers else [])])
+    return "\n".join([table(lines), *([columns(list(_workers(look)))] if look.workers else [])])
 
 
 def _workers(look: "Look") -> Iterator[tuple[str, ...]]:
