@@ -81,20 +81,21 @@ def _seen(heard: Heard, usual: float | None) -> Seen:
 
 
 def line(found: Look) -> str:
-    """A run in one line: how far, how fast, by whom, on what the time goes, and what is wrong."""
+    """A run in one line: how far, how fast, what is wrong, by whom, on what the time goes. A narrow terminal cuts it."""
     failed, rates = sum(found.status.failed.values()), [seen.rate for seen in found.workers if seen.state in AT_WORK]
     parts = [f"{found.made}/{found.rows} images"]
     if found.left is not None:
         parts += [f"{found.rate:.1f} images/s", f"{found.left:.0f} s left"]
+    parts += [f"{failed} failed"] if failed else []
+    ill = [seen for seen in found.workers if seen.state in ("straggling", "silent")]
+    parts += [f"worker {seen.word.worker} of {seen.word.host}: {does(seen, found)}" for seen in ill]
     if rates:
         parts += [f"{len(rates)} at work" + (f" ({min(rates):.1f} to {max(rates):.1f} images/s)" if max(rates) else "")]
     elif found.status.missing:
         parts += ["nobody at work"]
     if any(found.seconds.values()):
         parts += [f"{name} {found.seconds[name]:.0f} s" for name in NONE]
-    parts += [f"{failed} failed"] if failed else []
-    ill = [seen for seen in found.workers if seen.state in ("straggling", "silent")]
-    return ", ".join(parts + [f"worker {seen.word.worker} of {seen.word.host}: {does(seen, found)}" for seen in ill])
+    return ", ".join(parts)
 
 
 def does(seen: Seen, found: Look) -> str:
@@ -128,7 +129,7 @@ def bar(run: RunDir) -> Iterator[None]:
 
 def _tell(run: RunDir, whole: int, ended: threading.Event) -> None:
     live = sys.stderr.isatty()
-    wait, form = BAR_EVERY if live else LINE_EVERY, "{percentage:3.0f} %|{bar:16}| {desc}"
+    wait, form = BAR_EVERY if live else LINE_EVERY, "{percentage:3.0f} %|{bar:10}| {desc}"
     with tqdm(total=run.plan.rows, disable=not live, dynamic_ncols=True, bar_format=form) as shown:
         last = False
         while not last:

@@ -88,9 +88,8 @@ def test_a_look_counts_halves_and_names_who_straggles_or_is_silent(clock: None, 
     told = found.json()
     assert told["missing"] == "4-9"
     assert re.sub(r"\d\d s(?=[,)]|$)", "N s", line(found)) == (
-        "80/160 images, 2.9 images/s, 28 s left, 4 at work (0.2 to 1.0 images/s), read 5 s, infer N s, write 6 s, "
-        "2 failed, worker 1 of far: shard 5 for N s, straggles (usual: N s), worker 3 of far: silent for N s, "
-        "had shard 6"
+        "80/160 images, 2.9 images/s, 28 s left, 2 failed, worker 1 of far: shard 5 for N s, straggles (usual: N s), "
+        "worker 3 of far: silent for N s, had shard 6, 4 at work (0.2 to 1.0 images/s), read 5 s, infer N s, write 6 s"
     )
     assert told["workers"][3] | {"silence": 90} == {
         **{"worker": 3, "host": "far", "pid": 2**30, "device": "cpu", "batch": 5, "up": 100, "shards": 0},
@@ -107,7 +106,7 @@ def test_what_is_no_word_is_passed_over(run: RunDir, say: Say) -> None:
     say(8, ago=0, up=float("inf"))
     assert look(run).workers == []
     assert look(run).left is None
-    assert line(look(run)) == "64/160 images, nobody at work, read 4 s, infer 90 s, write 6 s, 2 failed"
+    assert line(look(run)) == "64/160 images, 2 failed, nobody at work, read 4 s, infer 90 s, write 6 s"
 
 
 def test_the_first_batch_may_take_long(run: RunDir, say: Say) -> None:
@@ -217,8 +216,10 @@ def test_the_driver_tells_of_a_run_and_its_events(
     assert second == "shard 5: worker 1 died with exit code -9"
     assert third == "worker 2 (cpu) dies while starting; see LOG; the others go on"
     assert 1 <= len(lines) <= 4
-    assert lines[-1].startswith("64/160 images, 2.0 images/s, 48 s left, 1 at work (2.0 to 2.0 images/s), read 4 s, ")
-    assert lines[-1].endswith("worker 0 of \\x1b[2J: shard 4 for 60 s, straggles (usual: 20 s)")
+    ill = "worker 0 of \\x1b[2J: shard 4 for 60 s, straggles (usual: 20 s)"
+    assert lines[-1].startswith(
+        f"64/160 images, 2.0 images/s, 48 s left, 2 failed, {ill}, 1 at work (2.0 to 2.0 images/s)"
+    )
     assert (run.logs / "lost.log").read_text().endswith(" shard 5 lost: worker 1 died with exit code -9\n")
 
 
