@@ -81,7 +81,7 @@ def _seen(heard: Heard, usual: float | None) -> Seen:
 
 
 def line(found: Look) -> str:
-    """A run in one line: how far, how fast, what is wrong, by whom, on what the time goes. A narrow terminal cuts it."""
+    """A run in one line: how far, how fast, what is wrong, by whom, on what the time goes. Terminals may cut it."""
     failed, rates = sum(found.status.failed.values()), [seen.rate for seen in found.workers if seen.state in AT_WORK]
     parts = [f"{found.made}/{found.rows} images"]
     if found.left is not None:

@@ -12,8 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from boomgen import keys, manifest
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index
+from boomgen.places import Place
 from boomgen.plan import Plan, read_plan
-from boomgen.shard import DONE, PART, sha256_file, unseal
+from boomgen.shard import DONE, sha256_file, unseal
+from boomgen.store import CARD, CLOSING, Bucket, Folder, open_store
 
 KINDS = ("read", "infer", "write", "total")
 
@@ -83,14 +85,19 @@ class RunDir:
     def manifest(self) -> Path:
         return self.path / "manifest"
 
+    @cached_property
+    def store(self) -> Folder | Bucket:
+        """Where whole shards and the data set are."""
+        return open_store(self.plan.store, self.path)
+
     @property
-    def dataset(self) -> Path:
-        return self.path / "dataset"
+    def dataset(self) -> Place:
+        return self.store.dataset
 
     @property
     def closing(self) -> Path:
-        """What `finalise` says of the texts that it wrote into the data set."""
-        return self.path / "dataset.json"
+        """What `finalise` says of the tars and texts that it put into the data set."""
+        return self.path / CLOSING
 
     @property
     def logs(self) -> Path:
@@ -135,8 +142,7 @@ class RunDir:
 
     def published(self) -> set[int]:
         """Numbers of the shards that are whole."""
-        names = {entry.name for entry in self.shards.iterdir()} if self.shards.is_dir() else set()
-        return {number for number in range(self.plan.shards) if self.shard(number).name in names}
+        return self.store.whole() & set(range(self.plan.shards))
 
     def missing(self) -> list[int]:
         return sorted(set(range(self.plan.shards)) - self.published())
@@ -147,10 +153,10 @@ class RunDir:
         Raises:
             BoomgenError: missing, changed since it was written, or of another shard or plan.
         """
-        path = self.shard(number) / DONE
+        path = self.store.where(number) / DONE
         again = f"remove {path.parent} and go on with: boomgen resume {self.path}"
         try:
-            record = unseal(path.read_bytes())
+            record = unseal(self.store.record(number))
             _Done.model_validate(record)
         except (OSError, ValueError) as err:
             why = err.errors()[0]["msg"] if isinstance(err, ValidationError) else err
@@ -162,7 +168,7 @@ class RunDir:
     def failures(self) -> Iterator[str]:
         """One line for each row that failed, over whole shards: which one, and why."""
         for number in sorted(self.published()):
-            part = self.shard(number) / PART
+            part = self.store.part(number)
             rows = manifest.read_part(part).to_pylist() if self.done(number)["failed"] else []
             for row in (row for row in rows if row["status"] == manifest.FAILED):
                 source = row.get("source_key", "its source is no longer known")
@@ -192,7 +198,7 @@ class RunDir:
             missing=sorted(set(range(self.plan.shards)) - whole),
             ok=sum(ok for ok, *_ in counts),
             failed=dict(failed),
-            finalised=(self.dataset / "README.md").exists(),
+            finalised=(self.dataset / CARD).exists(),
             seconds={name: round(sum(spent[name] for *_, spent in counts), 3) for name in KINDS},
             usual=median(spent["total"] for *_, spent in counts) if counts else None,
         )

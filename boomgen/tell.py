@@ -75,7 +75,8 @@ def _text(run: "RunDir", look: "Look") -> str:
         lines |= {"data set": str(run.dataset), "manifest": str(run.manifest)}
     lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
     if found.finalised and run.plan.job.linkage == "private":
-        lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
+        rest = "" if run.plan.store else " but dataset/"
+        lines |= {"private": f"everything in {path}{rest} links outputs to people; share only {run.dataset}"}
     return "\n".join([table(lines), *([columns(list(_workers(look)))] if look.workers else [])])
 
 

@@ -130,7 +130,7 @@ class Worker:
                 shard.touch()
             record = self._record(entries, clock.spent | {"total": time.perf_counter() - start})
             shard.seal(manifest.table(entries), record)
-            shard.publish()
+            self.run.store.publish(shard)
         except BaseException:
             shard.abandon()
             raise

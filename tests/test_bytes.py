@@ -90,7 +90,7 @@ def test_killed_at_every_failpoint(plan_tiny: PlanTiny, undisturbed: Any, tmp_pa
     comes next makes the same bytes."""
     run = plan_tiny(tmp_path / "run")
     for number, failpoint in enumerate(FAILPOINTS):
-        assert _killed(run, f"{failpoint}:{number}", number) == -signal.SIGKILL
+        assert killed(run, f"{failpoint}:{number}", number) == -signal.SIGKILL
         assert (number in run.published()) == (failpoint == "published")
         assert len(list(run.staging.iterdir())) == number + (failpoint != "published")
         if number not in run.published():
@@ -102,14 +102,14 @@ def test_killed_at_every_failpoint(plan_tiny: PlanTiny, undisturbed: Any, tmp_pa
     assert not list(verify(RunDir(run.path)))
 
 
-def _killed(run: RunDir, failpoint: str, number: int) -> int:
+def killed(run: RunDir, failpoint: str, number: int) -> int:
     """The exit code of a worker process that is to die at a failpoint."""
     child = os.fork()
     if child == 0:
         os.environ["BOOMGEN_FAILPOINT"] = failpoint
         signal.alarm(60)
         try:
-            Worker(run).make_shard(number)
+            Worker(RunDir(run.path)).make_shard(number)  # of its own: connections do not outlive a fork
         finally:
             os._exit(9)
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -85,7 +85,7 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
         BoomgenError: this device is not of the planned class, or, when all others are whole, shards failed ATTEMPTS
             times.
     """
-    if all(run.shard(shard).exists() for shard in shards):
+    if run.published().issuperset(shards):
         return
     from boomgen.worker import Worker
 
@@ -114,7 +114,7 @@ class _Maker:
 
     def settled(self, shard: int) -> bool:
         """Whether a shard is whole, perhaps made now, or set aside; if not, it is to be looked at again."""
-        if shard in self.aside or self.run.shard(shard).exists():
+        if shard in self.aside or self.run.store.holds(shard):
             return True
         if self.others.hold(shard):
             return False

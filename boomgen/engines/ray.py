@@ -33,6 +33,8 @@ from boomgen.run import RunDir
 NOISE = "ray.out"
 """What Ray itself says, in RUN/logs."""
 STORE = 80 * 2**20  # bytes of the object store: records are small, and 75 MB is the least
+CLIENTS = ("HF_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")
+"""How variables begin that tell where data lies and who asks for it."""
 LOOK = 1.0  # seconds between two looks at who is hung
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
@@ -124,7 +126,7 @@ class RayEngine:
         self.run_dir, self.kind, self.workers, self.address = run, kind, workers, address
         self.allow_mixed, self.patience = allow_mixed, patience
         self.hands: dict[int, _Hand] = {}
-        told = {name: value for name, value in os.environ.items() if name.startswith("HF_") or SECRETS.search(name)}
+        told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS) or SECRETS.search(name)}
         self.environ = told | OFFLINE
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
