@@ -29,6 +29,7 @@ from boomgen.worker import Worker
 
 from .conftest import SECRET, PlanTiny
 from .finished import command_line, finish, made
+from .test_progress import two_at_work
 
 CHANCE = random.Random(20)
 LONG = {"steps": 100, "shard_size": 8}  # 13 shards of one batch, 40 network calls each: about half a second
@@ -163,10 +164,16 @@ class Driver:
         return not self.workers()
 
 
-def test_workers_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
-    """Two workers SIGKILLed at random progress of one run: the driver goes on by itself to the same bytes, exit 0."""
+def test_workers_killed(
+    plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two workers SIGKILLed at random progress of one run: the driver goes on by itself to the same bytes, exit 0.
+
+    Meanwhile another process sees who works and how fast; the driver's last line tells the end, its log who died.
+    """
     run = plan_tiny(tmp_path / "run", **KILLED)
     driver = Driver(run)
+    driver.wait_for(lambda: two_at_work(run, capsys, driver.workers()))
     for _ in range(2):
         driver.wait_published(len(run.published()) + 1)
         driver.wait_for(lambda: bool(driver.workers()) and any(run.staging.iterdir()))
@@ -175,6 +182,11 @@ def test_workers_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -
     code, _, err = driver.end()
     assert code == 0, err
     assert 1 <= err.count("died with exit code -9") <= 2, err  # one without a shard in hand is not spoken of
+    assert err.splitlines()[-1].startswith("120/120 images, read "), err
+    capsys.readouterr()
+    assert main(["logs", str(run.path), "--failed"]) == 0
+    assert capsys.readouterr().out.count(" lost: worker") == err.count("died with exit code -9")
+    assert not run.workers.exists()
     assert made(run) == undisturbed(**KILLED)
     assert not run.staging.exists()
     assert driver.no_orphan()

@@ -27,6 +27,7 @@ from typing import Any
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
 from boomgen.errors import BoomgenError, UsageError
+from boomgen.report import Telling, forget
 from boomgen.run import RunDir
 
 NOISE = "ray.out"
@@ -62,7 +63,7 @@ class Actor:
             _write_to(run.logs / f"worker-{self.number:03d}.log")
             from boomgen.worker import Worker
 
-            self.worker = Worker(run, self.device, self.allow_mixed)
+            self.worker = Telling(Worker(run, self.device, self.allow_mixed), self.number)
         except BoomgenError as err:
             say("fatal", text=str(err))
         except Exception:
@@ -147,6 +148,7 @@ class RayEngine:
                 yield from self._hand_out(handout, answer)
         finally:
             for number in self.hands:  # they were killed where they stood
+                forget(self.run_dir, number)
                 if (shard := handout.held(number)) is not None:
                     for folder in self.run_dir.staging.glob(f"{shard:05d}-*"):
                         shutil.rmtree(folder, ignore_errors=True)
@@ -204,6 +206,7 @@ class RayEngine:
     def _lost(self, hand: _Hand, handout: HandOut, what: str) -> list[Event]:
         self.ray.kill(hand.actor)
         del self.hands[hand.number]
+        forget(self.run_dir, hand.number)
         log = self.run_dir.logs / f"worker-{hand.number:03d}.log"
         if not handout.again(hand.number, hand.started):
             if handout.open and not self.hands:

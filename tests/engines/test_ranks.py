@@ -147,6 +147,7 @@ def test_rank_0_plans_and_closes_under_accelerate(
     done = subprocess.run([*ACCELERATE, "-m", "boomgen", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows      100 ok of 100") == 1
+    assert done.stderr.count("100/100 images, ") == 1
     run = RunDir(out)
     logs = [path.read_text() for path in run.logs.iterdir()]
     assert 13 <= sum(text.count(" done: ") for text in logs) <= 14  # a shard may be made twice at the end
