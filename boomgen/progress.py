@@ -153,3 +153,5 @@ def show(run: RunDir, events: Iterable[Event]) -> None:
                 tqdm.write(printable(f"{event.text}; the others go on"), file=sys.stderr)
             if event.kind == "lost":
                 note(run, f"shard {event.shard} lost: {event.text}")
+            if event.kind == "waiting":
+                tqdm.write(event.text, file=sys.stderr)

@@ -23,7 +23,7 @@ import pytest
 
 from boomgen.run import RunDir
 
-from ..test_bytes import Driver
+from ..driver import Driver, users_of
 from .slurm_cluster import NODES, Cluster, slurm_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -38,16 +38,6 @@ NAMES = ("local", "ray", *LAUNCHERS, "slurm")
 def launcher(name: str, *more: str) -> tuple[str, ...]:
     """The beginning of a command line, to be followed by `boomgen` and its arguments."""
     return (sys.executable, "-m", *LAUNCHERS[name].split(), *more, "-m")
-
-
-def users_of(folder: Path) -> list[int]:
-    """Pids of all processes that have a file below a folder open, the longest running first."""
-    found, below = [], f"{folder.resolve()}/"
-    for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(os.readlink(file).startswith(below) for file in (place / "fd").iterdir()):
-                found.append((int((place / "stat").read_text().rpartition(")")[2].split()[19]), int(place.name)))
-    return [pid for _, pid in sorted(found)]
 
 
 def wait_for(what: Callable[[], Any], seconds: float = 240) -> Any:
@@ -168,7 +158,7 @@ class Ray(Engine):
         self.cluster: Any = None
 
     def start(self, run: RunDir, *more: Any, workers: int = 2) -> Going:
-        self._mend()
+        self.mend()
         (second,) = self.cluster.worker_nodes
         where = ("--device", "cpu", "--workers", str(workers), "--ray-address", self.cluster.address)
         command = ("boomgen", "resume", str(run.path), "--engine", "ray", *where, *map(str, more))
@@ -177,7 +167,8 @@ class Ray(Engine):
         going.others = lambda: of_driver() | _raylet(second)
         return going
 
-    def _mend(self) -> None:
+    def mend(self) -> None:
+        """Have the second node there."""
         if self.cluster is None:
             self.cluster = self._stack.enter_context(ray_cluster(NODE))
         for node in list(self.cluster.worker_nodes):

@@ -43,13 +43,17 @@ class Cluster(NamedTuple):
             time.sleep(0.1)
         return found
 
-    def mend(self) -> None:
-        """Start the daemons that are not there, and wait until every node takes jobs."""
+    def start(self) -> None:
+        """Start the daemons that are not there."""
         conf = self.env["SLURM_CONF"]
         quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
         for name, line in {"slurmctld": ["slurmctld", "-D"], **{n: ["slurmd", "-D", "-N", n] for n in NODES}}.items():
             if name not in self.daemons or self.daemons[name].poll() is not None:
                 self.daemons[name] = subprocess.Popen([*line, "-f", conf], env=self.env, **quiet)
+
+    def mend(self) -> None:
+        """Start the daemons that are not there, and wait until every node takes jobs."""
+        self.start()
         self.wait_for(lambda: self.run("sinfo", "-hNo%t", check=False).split() == ["idle"] * len(NODES), seconds=60)
 
     def wait_ended(self, job: str) -> dict[str, str]:

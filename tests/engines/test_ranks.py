@@ -20,8 +20,9 @@ from boomgen.errors import BoomgenError, UsageError
 from boomgen.run import RunDir, numbers, ranges
 
 from ..conftest import Complaint, PlanTiny
+from ..driver import Driver
 from ..finished import command_line, made
-from ..test_bytes import LONG, Driver
+from ..test_bytes import LONG
 from .engines import Ranks, launcher
 
 
