@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test check slow audit clean
+.PHONY: demo test check slow engines audit clean
 
 demo: .venv/ready
 	$(BIN)/boomgen anonymize --dataset fashion-sample --t-boom 0.4 --out runs/demo
@@ -12,6 +12,9 @@ test: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+
+engines: .venv/ready
+	$(BIN)/pytest -n 2 --dist loadgroup tests/engines
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ def finalise(run: RunDir) -> None:
     files = dataset_files(run)
     if not files["tars"]:
         raise BoomgenError(f"not one of {run.plan.rows} rows is ok; see why with: boomgen logs {run.path} --failed")
+    shutil.rmtree(run.workers, ignore_errors=True)
     if run.plan.job.linkage == "none":
         _destroy_links(run)
     place_folder(run.path, run.manifest, manifest_links(run), {})

@@ -24,7 +24,8 @@ RECENT = 101  # shards that the usual time is taken of
 
 
 class Event(NamedTuple):
-    """What is told of a run. kind: ready, tick, done, failed, fatal; lost (a worker died) or gone (it never starts)."""
+    """What is told of a run. kind: ready, tick, done, failed, fatal; lost (a worker died), gone (it never starts) or
+    waiting (of Ray: for a device)."""
 
     kind: str
     shard: int

@@ -6,17 +6,11 @@ started on this machine and ends with the run.
 """
 
 import contextlib
-import functools
-import importlib
+import math
 import os
 import queue
-import secrets
 import shutil
-import signal
-import socket
 import sys
-import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -26,17 +20,17 @@ from typing import Any
 
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
-from boomgen.errors import BoomgenError, UsageError
+from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
+from boomgen.errors import BoomgenError
+from boomgen.report import Telling, forget
 from boomgen.run import RunDir
 
 NOISE = "ray.out"
 """What Ray itself says, in RUN/logs."""
-STORE = 80 * 2**20  # bytes of the object store: records are small, and 75 MB is the least
 CLIENTS = ("HF_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")
 """How variables begin that tell where data lies and who asks for it."""
 LOOK = 1.0  # seconds between two looks at who is hung
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+WAIT = 10.0  # seconds without a place, after which it is said
 RESOURCES: dict[str, tuple[str, dict[str, int]]] = {"cuda": ("GPU", {"num_gpus": 1}), "cpu": ("CPU", {"num_cpus": 1})}
 
 
@@ -48,7 +42,8 @@ class Actor:
         self.thread = ThreadPoolExecutor(1)
 
     def start(self, environ: dict[str, str]) -> Iterator[Event]:
-        """Load the model: says ready, or fatal."""
+        """Load the model: says that it has a place, then ready or fatal."""
+        yield Event("placed", -1)
         os.environ |= environ
         yield from self._told(self._load)
 
@@ -62,7 +57,7 @@ class Actor:
             _write_to(run.logs / f"worker-{self.number:03d}.log")
             from boomgen.worker import Worker
 
-            self.worker = Worker(run, self.device, self.allow_mixed)
+            self.worker = Telling(Worker(run, self.device, self.allow_mixed), self.number)
         except BoomgenError as err:
             say("fatal", text=str(err))
         except Exception:
@@ -100,7 +95,7 @@ class _Hand:
 
     def __init__(self, number: int, actor: Any, environ: dict[str, str]) -> None:
         self.number, self.actor = number, actor
-        self.started = self.idle = False  # started: had a shard, which counts its deaths
+        self.placed = self.started = self.idle = False  # started: had a shard, which counts its deaths
         self.told: Any = actor.start.remote(environ)
 
     def give(self, shard: int) -> None:
@@ -140,13 +135,14 @@ class RayEngine:
         self.run_dir.logs.mkdir(exist_ok=True)
         try:
             with (
-                _stdout_kept(self.run_dir.logs / NOISE),
-                _signals_noted() as answer,
-                _cluster(self.address, self.kind, self.workers) as self.ray,
+                stdout_kept(self.run_dir.logs / NOISE),
+                signals_noted() as answer,
+                cluster(self.address, self.kind, self.workers) as self.ray,
             ):
                 yield from self._hand_out(handout, answer)
         finally:
             for number in self.hands:  # they were killed where they stood
+                forget(self.run_dir, number)
                 if (shard := handout.held(number)) is not None:
                     for folder in self.run_dir.staging.glob(f"{shard:05d}-*"):
                         shutil.rmtree(folder, ignore_errors=True)
@@ -162,7 +158,13 @@ class RayEngine:
         try:
             for number in range(min(self.workers or found, len(handout.open))):
                 self._start(number)
+            wait_told = time.monotonic() + WAIT if self.address else math.inf  # a cluster of our own has room for all
             while handout.open:
+                if part := ended(self.ray):
+                    raise BoomgenError(
+                        f"Ray's {part} was killed, and all workers with it; what is whole stays, go on "
+                        f"with: boomgen resume {self.run_dir.path}"
+                    )
                 hands = {hand.told: hand for hand in self.hands.values() if hand.told is not None}
                 for told in self.ray.wait(list(hands), timeout=LOOK)[0]:
                     for event in self._step(hands[told], handout):
@@ -170,6 +172,9 @@ class RayEngine:
                         if event.kind == "fatal":
                             raise BoomgenError(event.text)
                 yield from self._wake(handout)
+                if time.monotonic() > wait_told:
+                    yield from self._waiting(resource)
+                    wait_told = math.inf
                 answer()
         finally:
             for hand in self.hands.values():
@@ -187,10 +192,18 @@ class RayEngine:
             return [] if hand.idle else self._lost(hand, handout, "left")
         except self.ray.exceptions.RayError as err:
             return self._lost(hand, handout, _cause(err))
+        if event.kind == "placed":
+            hand.placed = True
+            return []
         handout.hear(hand.number, event, time.monotonic())
         if event.kind in ("ready", "done"):
             hand.idle = True
         return [event]
+
+    def _waiting(self, resource: str) -> list[Event]:
+        count = sum(not hand.placed for hand in self.hands.values())
+        text = f"{count} of {len(self.hands)} workers wait until Ray has a free {resource} for them"
+        return [Event("waiting", -1, text)] if count else []
 
     def _wake(self, handout: HandOut) -> list[Event]:
         """Whoever is idle takes the next shard, also one that came back; whoever is hung is killed."""
@@ -204,6 +217,7 @@ class RayEngine:
     def _lost(self, hand: _Hand, handout: HandOut, what: str) -> list[Event]:
         self.ray.kill(hand.actor)
         del self.hands[hand.number]
+        forget(self.run_dir, hand.number)
         log = self.run_dir.logs / f"worker-{hand.number:03d}.log"
         if not handout.again(hand.number, hand.started):
             if handout.open and not self.hands:
@@ -222,127 +236,3 @@ def _cause(err: Exception) -> str:
     lines = str(raised or err).splitlines() or [""]
     gist = f"{type(raised).__name__}: {lines[0]}" if raised else lines[-1].strip().partition(". ")[0].rstrip(".")
     return f"died: {gist}"
-
-
-@contextlib.contextmanager
-def _cluster(address: str | None, kind: str, workers: int | None) -> Iterator[Any]:
-    """Ray, connected to the cluster at an address, or to one of our own with so many workers."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray = importlib.import_module("ray")
-    except ModuleNotFoundError as err:
-        raise UsageError("--engine ray needs Ray, which is not installed; pip install 'boomgen[ray]'") from err
-    with contextlib.ExitStack() as stack:
-        stack.callback(ray.shutdown)
-        try:
-            if address:
-                _reach(address)
-                ray.init(address=address, **QUIET)
-            else:
-                stack.enter_context(_own_cluster(ray, kind, workers or 1))
-        except (OSError, RuntimeError, ValueError) as err:
-            at = f"no Ray cluster at {address}" if address else "Ray does not start here"
-            raise BoomgenError(f"{at}: {' '.join(str(err).split())}") from err
-        yield ray
-
-
-def _reach(address: str) -> None:
-    """Raises OSError where nothing listens: Ray itself would try for minutes, deaf to signals."""
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-
-
-@contextlib.contextmanager
-def _own_cluster(ray: Any, kind: str, workers: int) -> Iterator[None]:
-    """A cluster that only this machine reaches, and of its users only this one, by a token in a private file."""
-    folder = Path(tempfile.mkdtemp(prefix="boomgen-", dir="/tmp"))  # sockets in it have 107 characters at most
-    token = folder / "token"
-    token.touch(mode=0o600)
-    token.write_text(_token())
-    try:
-        with _environ(token):
-            ray.init(
-                address="local",
-                num_cpus=workers,
-                num_gpus=workers if kind == "cuda" else 0,
-                object_store_memory=STORE,
-                include_dashboard=False,
-                _node_ip_address="127.0.0.2",  # Ray would replace 127.0.0.1 by the outer address
-                _temp_dir=str(folder),
-                **QUIET,
-            )
-        yield
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@functools.cache
-def _token() -> str:
-    """One for this process, since Ray remembers it."""
-    return secrets.token_hex(32)
-
-
-@contextlib.contextmanager
-def _environ(token: Path) -> Iterator[None]:
-    """The environment that Ray's processes inherit: without secrets, and so that Ray asks for a token."""
-    before = dict(os.environ)
-    try:
-        for name in filter(SECRETS.search, before):
-            del os.environ[name]
-        os.environ.pop("RAY_AUTH_MODE", None)  # where it is unset, Ray sets it, also for a process that has begun
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  not 15: nothing else is to run before the workers
-        yield
-    finally:
-        os.environ.clear()
-        os.environ |= before
-
-
-@contextlib.contextmanager
-def _stdout_kept(log: Path) -> Iterator[None]:
-    """Ray writes to the stdout of this process, whatever it is told: meanwhile that leads to a log."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with log.open("a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
-            os.dup2(file.fileno(), 1)
-            yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-@contextlib.contextmanager
-def _signals_noted() -> Iterator[Callable[[], None]]:
-    """The first signal is noted, and answered between two calls of Ray, by what is yielded here; a second one at once.
-
-    Ray drops what a signal's handler raises inside its calls, and brings a handler of its own.
-    """
-    noted: list[tuple[Any, ...]] = []
-
-    def note(number: int, frame: Any) -> None:
-        noted.append((number, frame))
-        if len(noted) > 1:
-            before[number](number, frame)
-
-    def answer() -> None:
-        for number in before:
-            signal.signal(number, note)
-        if noted:
-            before[noted[0][0]](*noted[0])
-
-    main = threading.current_thread() is threading.main_thread()
-    found = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
-    before: dict[int, Any] = {number: handler for number, handler in found.items() if callable(handler)}
-
-    try:
-        answer()
-        yield answer
-    except SystemExit:  # Ray's own handler, while it started
-        before[signal.SIGTERM](signal.SIGTERM, None)
-        raise
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

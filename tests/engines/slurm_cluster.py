@@ -16,10 +16,11 @@ MAX_ARRAY_SIZE = 11
 
 
 class Cluster(NamedTuple):
-    """Where it lies, and the environment that its commands need."""
+    """Where it lies, the environment that its commands need, and its daemons by name: slurmctld, n1, n2."""
 
     folder: Path
     env: dict[str, str]
+    daemons: dict[str, subprocess.Popen[bytes]]
 
     def run(self, *command: Any, check: bool = True) -> str:
         done = subprocess.run(list(map(str, command)), env=self.env, capture_output=True, text=True, check=False)
@@ -41,6 +42,19 @@ class Cluster(NamedTuple):
             assert time.monotonic() < end, self.run("squeue", "-rtall", check=False)
             time.sleep(0.1)
         return found
+
+    def start(self) -> None:
+        """Start the daemons that are not there."""
+        conf = self.env["SLURM_CONF"]
+        quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+        for name, line in {"slurmctld": ["slurmctld", "-D"], **{n: ["slurmd", "-D", "-N", n] for n in NODES}}.items():
+            if name not in self.daemons or self.daemons[name].poll() is not None:
+                self.daemons[name] = subprocess.Popen([*line, "-f", conf], env=self.env, **quiet)
+
+    def mend(self) -> None:
+        """Start the daemons that are not there, and wait until every node takes jobs."""
+        self.start()
+        self.wait_for(lambda: self.run("sinfo", "-hNo%t", check=False).split() == ["idle"] * len(NODES), seconds=60)
 
     def wait_ended(self, job: str) -> dict[str, str]:
         """The last states of a job's elements."""
@@ -104,19 +118,15 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         (folder / name).mkdir(parents=True)
     conf = folder.resolve() / "slurm.conf"  # slurmstepd hangs on a relative one
     conf.write_text(configuration(folder.resolve()))
-    cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)})
-    commands = [["slurmctld", "-D", "-c"], *(["slurmd", "-D", "-N", node] for node in NODES)]
-    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
-    daemons = [subprocess.Popen([*line, "-f", str(conf)], env=cluster.env, **quiet) for line in commands]
+    cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)}, {})
     try:
-        idle = ["idle"] * len(NODES)
-        cluster.wait_for(lambda: cluster.run("sinfo", "-hNo%t", check=False).split() == idle, seconds=30)
+        cluster.mend()
         yield cluster
     finally:
         cluster.run("scancel", f"--user={getpass.getuser()}", check=False)
         with contextlib.suppress(AssertionError):
             cluster.wait_for(lambda: not cluster.run("squeue", "-h", check=False).strip(), seconds=20)
-        for daemon in reversed(daemons):
+        for daemon in reversed(cluster.daemons.values()):
             daemon.send_signal(signal.SIGTERM)
-        for daemon in daemons:
+        for daemon in cluster.daemons.values():
             daemon.wait(20)

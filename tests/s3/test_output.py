@@ -1,6 +1,8 @@
 """Runs whose outputs go to an object store: the bytes of a run on disk, through faults and kills, and loaders."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from boomgen.worker import Worker
 from ..conftest import Complaint, PlanTiny
 from ..finished import command_line, finish, grey, pixel_hash, write_portraits
 from ..scanner import leaks
-from ..test_bytes import AUGMENT, killed
+from ..test_bytes import AUGMENT
 from ..test_privacy import needles
 from .server import S3
 
@@ -102,13 +104,28 @@ def test_nothing_in_the_store_tells_of_a_private_run_s_sources(s3: S3, plan_away
 # Kills, stops, faults ----------------------------------------------------------------------------------------------
 
 
+KILLED = """
+import os, sys
+from boomgen.run import RunDir
+from boomgen.worker import Worker
+for number, moment in enumerate(sys.argv[2:]):
+    if os.fork() == 0:
+        os.environ["BOOMGEN_FAILPOINT"] = f"{moment}:{number}"
+        Worker(RunDir(sys.argv[1])).make_shard(number)
+        os._exit(9)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+"""Forks of a process that never had a connection: connections and forks do not go together."""
+
+
 def test_killed_at_every_moment(s3: S3, plan_away: PlanAway, tmp_path: Path) -> None:
     """The shard is whole only once its record is put; whoever comes next makes the same. So do two that make one shard
     at the same time."""
     run = plan_away(f"{s3.url}/run")
-    for number, moment in enumerate(FAILPOINTS):
-        assert killed(run, f"{moment}:{number}", number) == -signal.SIGKILL
-        assert (number in run.published()) == (moment == "record-put")
+    command = [sys.executable, "-c", KILLED, str(run.path), *FAILPOINTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(FAILPOINTS), done.stderr
+    assert run.published() == {FAILPOINTS.index("record-put")}
     one, others = Worker(run), [Worker(RunDir(run.path))]
     one.make_shard(6, lambda rows: others and others.pop().make_shard(6) and None)
     for number in run.missing():

@@ -1,0 +1,199 @@
+"""What the engine of Ray stands on: a cluster, running or started here, its noise kept off the terminal, and signals.
+
+A cluster of our own lies in a folder that its driver has locked, so that another driver knows what a dead one left.
+"""
+
+import contextlib
+import fcntl
+import functools
+import importlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from boomgen.engines.local import SECRETS
+from boomgen.errors import BoomgenError, UsageError
+
+STORE = 80 * 2**20  # bytes of the object store: records are small, and 75 MB is the least
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
+PLACE, OURS, TOKEN = "/tmp", "boomgen-ray-", "token"  # sockets in it have 107 characters at most
+
+
+@contextlib.contextmanager
+def cluster(address: str | None, kind: str, workers: int | None) -> Iterator[Any]:
+    """Ray, connected to the cluster at an address, or to one of our own with so many workers."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        ray = importlib.import_module("ray")
+    except ModuleNotFoundError as err:
+        raise UsageError("--engine ray needs Ray, which is not installed; pip install 'boomgen[ray]'") from err
+    with contextlib.ExitStack() as stack:
+        stack.callback(ray.shutdown)
+        try:
+            if address:
+                _reach(address)
+                ray.init(address=address, **QUIET)
+            else:
+                stack.enter_context(_own_cluster(ray, kind, workers or 1))
+        except (OSError, RuntimeError, ValueError) as err:
+            at = f"no Ray cluster at {address}" if address else "Ray does not start here"
+            raise BoomgenError(f"{at}: {' '.join(str(err).split())}") from err
+        yield ray
+
+
+def ended(ray: Any) -> str | None:
+    """What a cluster of our own cannot live without and has lost. Ray itself would wait for it to come, for ever."""
+    dead = (kind for kind, _ in ray._private.worker._global_node.dead_processes())
+    return next((kind for kind in dead if kind in ("raylet", "gcs_server")), None)
+
+
+def _reach(address: str) -> None:
+    """Raises OSError where nothing listens: Ray itself would try for minutes, deaf to signals."""
+    host, _, port = address.rpartition(":")
+    if port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+
+
+@contextlib.contextmanager
+def _own_cluster(ray: Any, kind: str, workers: int) -> Iterator[None]:
+    """A cluster that only this machine reaches, and of its users only this one, by a token in a private file."""
+    _clear_away()
+    folder = Path(tempfile.mkdtemp(prefix=f"{OURS}{os.getpid()}-", dir=PLACE))
+    lock, token = _locked(folder), folder / TOKEN
+    try:
+        token.touch(mode=0o600)
+        token.write_text(_token())
+        with _environ(token):
+            ray.init(
+                address="local",
+                num_cpus=workers,
+                num_gpus=workers if kind == "cuda" else 0,
+                object_store_memory=STORE,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.2",  # Ray would replace 127.0.0.1 by the outer address
+                _temp_dir=str(folder),
+                **QUIET,
+            )
+        yield
+    finally:
+        ray.shutdown()
+        _remove(folder)
+        os.close(lock)
+
+
+def _locked(folder: Path) -> int:
+    """A lock that ends with this process, however it ends. Raises OSError where another process has it."""
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _clear_away() -> None:
+    """Remove the clusters of drivers that were killed."""
+    for folder in Path(PLACE).glob(f"{OURS}*"):
+        with contextlib.suppress(OSError):
+            if folder.lstat().st_uid == os.getuid() and (folder / TOKEN).is_file():  # without one, it is in the making
+                lock = _locked(folder)
+                _remove(folder)
+                os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """A cluster's folder, after its processes: Ray's agents outlive a killed driver by a minute, a stopped start leaves
+    others."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if process.stat().st_uid == os.getuid() and _belongs(process, f"{folder}/"):
+                os.kill(int(process.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _belongs(process: Path, folder: str) -> bool:
+    """Whether a process of Ray's names the folder, or has files of it open where it has given itself a name."""
+    line = (process / "cmdline").read_bytes()
+    if line.startswith(b"ray::"):
+        return any(os.path.realpath(file).startswith(folder) for file in (process / "fd").iterdir())
+    return b"/ray/" in line and folder.encode() in line
+
+
+@functools.cache
+def _token() -> str:
+    """One for this process, since Ray remembers it."""
+    return secrets.token_hex(32)
+
+
+@contextlib.contextmanager
+def _environ(token: Path) -> Iterator[None]:
+    """The environment that Ray's processes inherit: without secrets, and so that Ray asks for a token."""
+    before = dict(os.environ)
+    try:
+        for name in filter(SECRETS.search, before):
+            del os.environ[name]
+        os.environ.pop("RAY_AUTH_MODE", None)  # where it is unset, Ray sets it, also for a process that has begun
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  not 15: nothing else is to run before the workers
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before
+
+
+@contextlib.contextmanager
+def stdout_kept(log: Path) -> Iterator[None]:
+    """Ray writes to the stdout of this process, whatever it is told: meanwhile that leads to a log."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with log.open("a", encoding="utf-8", buffering=1) as file, contextlib.redirect_stdout(file):
+            os.dup2(file.fileno(), 1)
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextlib.contextmanager
+def signals_noted() -> Iterator[Callable[[], None]]:
+    """The first signal is noted, and answered between two calls of Ray, by what is yielded here; a second one at once.
+
+    Ray drops what a signal's handler raises inside its calls, and brings a handler of its own.
+    """
+    noted: list[tuple[Any, ...]] = []
+
+    def note(number: int, frame: Any) -> None:
+        noted.append((number, frame))
+        if len(noted) > 1:
+            before[number](number, frame)
+
+    def answer() -> None:
+        for number in before:
+            signal.signal(number, note)
+        if noted:
+            before[noted[0][0]](*noted[0])
+
+    main = threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in SIGNALS} if main else {}
+    before: dict[int, Any] = {number: handler for number, handler in found.items() if callable(handler)}
+
+    try:
+        answer()
+        yield answer
+    except SystemExit:  # Ray's own handler, while it started
+        before[signal.SIGTERM](signal.SIGTERM, None)
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
