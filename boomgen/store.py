@@ -9,7 +9,7 @@ stays in the run folder, which all workers see. An object is whole or not there 
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,7 +90,7 @@ class Folder:
 
     def whole(self) -> set[int]:
         shards = self.run / "shards"
-        return _numbers(entry.name for entry in (shards.iterdir() if shards.is_dir() else ()))
+        return _numbers(os.listdir(shards) if shards.is_dir() else ())
 
     def holds(self, number: int) -> bool:
         return self.where(number).exists()
@@ -338,5 +338,5 @@ def _with_part(record: Mapping[str, Any], part: Path) -> bytes:
     return sealed({**record, "files": files})
 
 
-def _numbers(names: Iterator[str]) -> set[int]:
+def _numbers(names: Iterable[str]) -> set[int]:
     return {int(name) for name in names if name.isdecimal()}
