@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test check slow soak audit clean
+.PHONY: demo test check slow engines soak audit clean
 
 KILLS ?= 100
 
@@ -14,6 +14,9 @@ test: .venv/ready
 
 slow: .venv/ready
 	$(BIN)/pytest -n 2 --dist loadgroup -m slow
+
+engines: .venv/ready
+	$(BIN)/pytest -n 2 --dist loadgroup tests/engines
 
 soak: .venv/ready
 	$(BIN)/python -m tests.engines.soak --kills $(KILLS)

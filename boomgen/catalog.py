@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from boomgen.errors import UsageError
+from boomgen.places import is_url
 from boomgen.untrusted import MAX_YAML, read_yaml
 
 PACKAGE = Path(__file__).parent
@@ -178,7 +179,9 @@ def _own(path: Path) -> DataSet:
     except (OSError, ValueError, UsageError) as err:
         why = getattr(err, "strerror", None) or " ".join(str(err).split())
         raise UsageError(f"data set {path}: {why}; {expected}") from err
-    return made.model_copy(update={"data_dir": made.data_dir and str(path.resolve().parent / made.data_dir)})
+    if made.data_dir and not is_url(made.data_dir):
+        return made.model_copy(update={"data_dir": str(path.resolve().parent / made.data_dir)})
+    return made
 
 
 def _members(found: dict[str, Any]) -> list[dict[str, Any]]:

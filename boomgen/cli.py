@@ -2,7 +2,6 @@
 
 import argparse
 import io
-import json
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from boomgen.engines.slurm import SlurmOptions, offer
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.job import ENHANCE, Job, Launch, build
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
-from boomgen.tell import columns, status_text, table
+from boomgen.tell import columns, log_lines, show_status, status_text, table
 from boomgen.untrusted import printable
 
 DONE, ERROR, USAGE, INCOMPLETE_ROWS, STOPPED = 0, 1, 2, 3, 75
@@ -90,15 +89,9 @@ def work(args: argparse.Namespace) -> int:
 
 
 def status(args: argparse.Namespace) -> int:
-    from boomgen.run import RunDir, ranges
+    from boomgen.run import RunDir
 
-    run = RunDir(args.run)
-    found = run.status()
-    if args.json:
-        print(json.dumps({**found._asdict(), "missing": ranges(found.missing), "rows": run.plan.rows}))
-    else:
-        _say(status_text(run.path))
-    return INCOMPLETE_ROWS if found.failed else DONE
+    return INCOMPLETE_ROWS if show_status(RunDir(args.run), args.json, args.watch).failed else DONE
 
 
 def finalise(args: argparse.Namespace) -> int:
@@ -138,13 +131,8 @@ def verify(args: argparse.Namespace) -> int:
 def logs(args: argparse.Namespace) -> int:
     from boomgen.run import RunDir
 
-    run = RunDir(args.run)
-    for line in run.failures() if args.failed else ():
+    for line in log_lines(RunDir(args.run), args.failed):
         _say(line)
-    for path in sorted(run.logs.glob("*.log")):
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            if not args.failed or " done: " not in line:
-                _say(f"{path.stem}: {line}")
     return DONE
 
 
@@ -276,9 +264,9 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     examples = (MADE, "--dataset fashion-sample --limit 16 --t-boom 20/50 --device cpu --workers 1 --out runs/second")
     making = command("anonymize", anonymize, "make a Boomerang version of every image, links kept private", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
-    on_run("status", status, "what a run holds, and how to go on", "", "--json").add_argument(
-        "--json", action="store_true", help="for programs"
-    )
+    telling = on_run("status", status, "how far a run is, and how to go on", "", "--watch", "--json")
+    telling.add_argument("--json", action="store_true", help="for programs")
+    telling.add_argument("--watch", action="store_true", help="look again every 2 s, until all shards are whole")
     checking = on_run("verify", verify, "hash everything again, and make some rows again", "", "--remake 5")
     remake = "make N random rows again and compare bytes"
     checking.add_argument("--remake", type=int, default=0, metavar="N", help=remake)
@@ -301,7 +289,9 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     launched = frozenset({"out", "gpus", "workers", "engine", "ray_address", "patience", "secret_file", "allow_pickle"})
     add_flags(working, Launch, leave_out=launched)
     logs_of = on_run("logs", logs, "what the workers said", "", "--failed")
-    logs_of.add_argument("--failed", action="store_true", help="only what failed: each row and shard, with its reason")
+    logs_of.add_argument(
+        "--failed", action="store_true", help="only what failed: each row, and each attempt at a shard"
+    )
     examples = ("--dataset fashion-sample --calibrate", "--dataset fashion-sample --t-boom 0.2 --out runs/planned")
     planning = command("plan", plan, "write the plan without running it", *examples)
     planning.add_argument("--calibrate", action="store_true", help="time a batch here and tell the device-hours")

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 
 from boomgen import env
@@ -19,7 +19,8 @@ from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import finalise
 from boomgen.job import Job, Launch
 from boomgen.prepare import await_plan, prepare
-from boomgen.progress import say_terms, show
+from boomgen.progress import bar, say_terms, show
+from boomgen.report import bury
 from boomgen.run import RunDir, Status
 
 
@@ -56,7 +57,11 @@ def resume(run: RunDir, launch: Launch) -> Status:
     with _signals(), only_driver(run):
         try:
             if missing := run.missing():
-                _work(run, launch, missing, rank) if rank else _make(run, launch, missing)
+                if rank:
+                    with bar(run):
+                        _work(run, launch, missing, rank)
+                else:
+                    _make(run, launch, missing)
             finalise(run)
         except Stopped as err:
             err.run = run.path
@@ -65,8 +70,9 @@ def resume(run: RunDir, launch: Launch) -> Status:
 
 
 def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
+    bury(run)
     with _closing(_engine(run, launch).run(missing)) as events:
-        show(run.plan, missing, events)
+        show(run, events)
 
 
 def _engine(run: RunDir, launch: Launch) -> LocalEngine | RayEngine:
@@ -103,7 +109,7 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
     if shards is not None:
         missing = sorted(set(shards) & set(missing))
     try:
-        with _signals():
+        with _signals(), bar(run) if is_first() and part is None and shards is None else nullcontext():
             _work(run, launch, own(missing, part) if part else missing, part or rank or Rank(0, 1, 0))
     except Stopped as err:
         err.run = run.path

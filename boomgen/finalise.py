@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -15,8 +14,9 @@ from boomgen import __version__, catalog, manifest
 from boomgen.errors import BoomgenError
 from boomgen.plan import Plan, enhancement, pass_fields
 from boomgen.run import RunDir, ranges
-from boomgen.shard import DONE, PART, TAR, sealed, sha256_file, sync, write_durable, write_part
+from boomgen.shard import TAR, sealed, sync, write_durable
 from boomgen.sources.base import NO_SPLIT
+from boomgen.store import CARD, place_folder
 from boomgen.untrusted import printable
 
 
@@ -35,12 +35,13 @@ def finalise(run: RunDir) -> None:
     files = dataset_files(run)
     if not files["tars"]:
         raise BoomgenError(f"not one of {run.plan.rows} rows is ok; see why with: boomgen logs {run.path} --failed")
+    shutil.rmtree(run.workers, ignore_errors=True)
     if run.plan.job.linkage == "none":
         _destroy_links(run)
-    _place(run, run.manifest, {f"part-{n:05d}.parquet": run.shard(n) / PART for n in range(run.plan.shards)}, {})
-    texts = {"README.md": card(run, files).encode(), "_info.json": timm_index(run.plan, files)}
-    _record(run, texts)
-    _place(run, run.dataset, dataset_links(run, files), texts)  # last: it says "closed"
+    place_folder(run.path, run.manifest, manifest_links(run), {})
+    texts = {CARD: card(run, files).encode(), "_info.json": timm_index(run.plan, files)}
+    _record(run, files, texts)
+    run.store.close(dataset_names(files), texts)  # last: it says "closed"
     shutil.rmtree(run.staging, ignore_errors=True)
 
 
@@ -56,90 +57,43 @@ def dataset_files(run: RunDir) -> dict[str, Any]:
     }
 
 
-def dataset_links(run: RunDir, files: dict[str, Any]) -> dict[str, Path]:
-    """The data set's tars, and which shard's tar each is."""
-    return {f"data/{name}": run.shard(number) / TAR for number, name in files["tars"].items()}
+def dataset_names(files: dict[str, Any]) -> dict[int, str]:
+    """The names of the shards' tars in the data set."""
+    return {number: f"data/{name}" for number, name in files["tars"].items()}
 
 
-def _record(run: RunDir, texts: dict[str, bytes]) -> None:
-    """Hashes of the texts that are about to be placed: another version of boomgen may write others."""
-    if run.dataset.exists():
+def manifest_links(run: RunDir) -> dict[str, Path]:
+    """The manifest's parts, and which shard's part each is."""
+    return {f"part-{number:05d}.parquet": run.store.part(number) for number in range(run.plan.shards)}
+
+
+def _record(run: RunDir, files: dict[str, Any], texts: dict[str, bytes]) -> None:
+    """What is about to be placed: the tars' names, and hashes of the texts, since another boomgen may write others."""
+    if run.store.closed():
         return
     hashes = {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    tars = {str(number): name for number, name in dataset_names(files).items()}
     run.staging.mkdir(exist_ok=True)
     staged = run.staging / f"{run.closing.name}-{uuid.uuid4().hex[:8]}"
     try:
-        write_durable(staged, sealed({"boomgen": __version__, "texts": hashes}))
+        write_durable(staged, sealed({"boomgen": __version__, "tars": tars, "texts": hashes}))
         staged.replace(run.closing)
     except OSError:
-        if not run.dataset.exists():  # if it does, another finalise was first
+        if not run.store.closed():  # if it does, another finalise was first
             raise
     sync(run.path)
-
-
-def _place(run: RunDir, folder: Path, links: dict[str, Path], texts: dict[str, bytes]) -> None:
-    """Make a folder appear whole. One that is there already is left alone."""
-    if folder.exists():
-        return
-    staging = run.staging / f"{folder.name}-{uuid.uuid4().hex[:8]}"
-    try:
-        for name, origin in links.items():
-            (staging / name).parent.mkdir(parents=True, exist_ok=True)
-            _link(origin, staging / name)
-        for name, data in texts.items():
-            write_durable(staging / name, data)
-        for inside in {(staging / name).parent for name in links} | {staging}:
-            sync(inside)
-        staging.rename(folder)
-    except OSError:
-        if not folder.exists():  # if it does, another finalise was first
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    sync(run.path)
-
-
-def _link(origin: Path, target: Path) -> None:
-    try:
-        os.link(origin, target)
-    except OSError:  # file systems without hard links
-        shutil.copyfile(origin, target)
-        sync(target)
 
 
 def _destroy_links(run: RunDir) -> None:
     """`--linkage none`: the linking columns of every part, what workers left and said, the index, last the secret."""
     for number in range(run.plan.shards):
-        _unlink_part(run, number)
+        run.store.change_part(number, manifest.unlinked)
     for folder in (run.staging, run.logs):  # a log may name the source that a shard failed on
         if folder.exists():
             shutil.rmtree(folder)
     for name in ("index.parquet", "secret"):
         (run.path / name).unlink(missing_ok=True)
     sync(run.path)
-
-
-def _unlink_part(run: RunDir, number: int) -> None:
-    """The record first, then the part: a kill between them leaves a new part beside the old that the record knows."""
-    record, part = run.done(number), run.shard(number) / PART
-    known, new = record["files"][PART]["sha256"], part.with_name(f".{PART}")
-    for stray in part.parent.glob(f".{DONE}.*"):  # of a kill
-        stray.unlink()
-    if part.exists() and sha256_file(part) == known:
-        table = manifest.read_part(part)
-        unlinked = manifest.unlinked(table)
-        if table.column_names == unlinked.column_names:
-            return
-        write_part(unlinked, new)
-        sync(new)
-        files = record["files"] | {PART: {"sha256": sha256_file(new), "bytes": new.stat().st_size}}
-        write_durable(run.shard(number) / DONE, sealed({**record, "files": files}))
-    elif not new.exists() or sha256_file(new) != known:
-        raise BoomgenError(
-            f"{part} differs from its done record; remove {part.parent} and go on with: boomgen resume {run.path}"
-        )
-    new.replace(part)
-    sync(part.parent)
 
 
 def split_name(plan: Plan) -> str:

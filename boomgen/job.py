@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from boomgen.errors import UsageError
 from boomgen.levels import parse_t_boom
+from boomgen.places import is_url
 
 Mode = Literal["anonymize", "augment", "enhance"]
 ENHANCE = ("scale", "interpolation", "degrade", "cascade", "keep_intermediates")
@@ -114,7 +115,8 @@ class Job(_Options):
 class Launch(_Options):
     """Where and how a job is done."""
 
-    out: str | None = _option("run folder (default: runs/DATASET-MODE-T_BOOM)")
+    out: str | None = _option("run folder, or s3://BUCKET/PREFIX (default: runs/DATASET-MODE-T_BOOM)")
+    private_dir: str | None = _option("run folder of an --out that is a URL: plan, secret, links (default: runs/...)")
     device: Literal["cuda", "cpu"] | None = _option("kind of device (default: cuda where there is one)")
     gpus: int | None = _option("number of GPUs, one worker each (default: all)", ge=1)
     workers: int | None = _option("number of CPU workers (default: one per core)", ge=1)
@@ -129,6 +131,15 @@ class Launch(_Options):
     )
     allow_pickle: bool = _option("load a model whose only weights are pickled", False)
     allow_mixed: bool = _option("accept devices of another class than the plan's; bytes may then differ", False)
+
+    @field_validator("private_dir")
+    @classmethod
+    def _beside_a_store(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value and not is_url(info.data.get("out") or ""):
+            raise ValueError("is for an --out that is a URL; another --out is private itself")
+        if value and is_url(value):
+            raise ValueError("expected a folder on a disk that all workers see")
+        return value
 
     @field_validator("ray_address")
     @classmethod

@@ -9,15 +9,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from boomgen import catalog, keys
+from boomgen import catalog, keys, places
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index, permuted
 from boomgen.job import Job
 from boomgen.levels import Levels, parse_t_boom
 from boomgen.models import ModelInfo
 from boomgen.shard import sealed, unseal
-from boomgen.sources import open_source
-from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Row, Source
+from boomgen.sources import Planned, Reader, open_source
+from boomgen.sources.base import NO_LABEL, NO_SPLIT, OTHER_CLASS, Row
 
 SCHEMA_VERSION = 1
 
@@ -29,7 +29,7 @@ class _Frozen(BaseModel):
 class SourcePlan(_Frozen):
     """Where the images come from. `index_sha256` pins every row's place and size."""
 
-    location: str  # absolute folder or file, 'builtin:NAME', or hub id
+    location: str  # absolute folder or file, URL, 'builtin:NAME', or hub id
     name: str  # how the user named it
     split: str
     revision: str | None
@@ -45,8 +45,10 @@ class SourcePlan(_Frozen):
     licence: str
     index_sha256: str
 
-    def open(self) -> Source:
+    def open(self) -> Reader:
         """The source as it was indexed; its rows' places are read from the index."""
+        if places.is_url(self.location):
+            return Planned(self.location, self.split)
         return open_source(
             catalog.resolved(self.location),
             self.split,
@@ -120,6 +122,7 @@ class Plan(_Frozen):
     chain: ChainPlan
     network: NetworkPlan
     shard_size: int = Field(ge=1)
+    store: str | None = None  # URL of the object store that shards and data set go to; None: the run folder
     secret_commitment: str
     environment: dict[str, str]
 

@@ -12,14 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from boomgen import __version__, catalog, choose, env, hub, index, keys, models
+from boomgen import __version__, catalog, choose, env, hub, index, keys, models, places
 from boomgen.errors import UsageError
 from boomgen.job import ENHANCE, Job, Launch
+from boomgen.places import place
 from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
 from boomgen.sources import HUB_ID, open_source
 from boomgen.sources.base import NO_LABEL, Source
+from boomgen.store import Bucket
 
 LOOK_AGAIN = 0.5  # seconds
 
@@ -84,7 +86,7 @@ def _filled(job: Job, preset: catalog.DataSet | None) -> Job:
             "fit": job.fit or (preset.fit if preset else "crop"),
             "linkage": job.linkage or ("private" if job.mode == "anonymize" else "public"),
             "labels": job.labels or ("drop" if identity else "keep"),
-            "data_dir": str(Path(job.data_dir).resolve()) if job.data_dir else None,
+            "data_dir": places.settled(job.data_dir) if job.data_dir else None,
         }
     )
 
@@ -93,15 +95,17 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
     if job.data_dir:
         if not preset and Path(job.dataset).exists():
             raise UsageError(f"--dataset {job.dataset} is a place itself; drop --data-dir {job.data_dir}")
-        if not Path(job.data_dir).exists():
+        if not places.exists(places.place(job.data_dir)):
             raise UsageError(f"--data-dir {job.data_dir} does not exist; expected the folder of {job.dataset}")
-        return _inner(Path(job.data_dir).resolve(), preset)
+        return _inner(job.data_dir, preset)
     if preset and preset.data_dir:
-        if not Path(preset.data_dir).exists():
+        if not places.exists(places.place(preset.data_dir)):
             raise UsageError(f"data set {job.dataset}: data_dir {preset.data_dir} does not exist; expected its folder")
-        return _inner(Path(preset.data_dir).resolve(), preset)
+        return _inner(preset.data_dir, preset)
     if preset and preset.builtin:
         return f"builtin:{preset.builtin}"
+    if places.is_url(job.dataset):
+        return places.settled(job.dataset)
     if job.dataset.endswith(catalog.YAML) and not preset:
         raise UsageError(f"--dataset {job.dataset} is no file; expected a YAML file that describes a data set")
     if Path(job.dataset).exists() and not job.dataset.endswith(catalog.YAML):
@@ -114,14 +118,15 @@ def _location(job: Job, preset: catalog.DataSet | None) -> str:
         raise UsageError(f"{preset.name} needs --data-dir DIR: {preset.note or 'no copy on the Hub is known'}")
     raise UsageError(
         f"no data set {job.dataset!r}{catalog.suggest(job.dataset, catalog.datasets())}; expected a name "
-        "(boomgen datasets), an existing folder or .tar, or owner/name on the Hugging Face Hub"
+        "(boomgen datasets), an existing folder or .tar, s3://bucket/folder, or owner/name on the Hugging Face Hub"
     )
 
 
-def _inner(place: Path, preset: catalog.DataSet | None) -> str:
+def _inner(text: str, preset: catalog.DataSet | None) -> str:
     """The part of a folder that a data set is read from."""
+    place = places.place(places.settled(text))
     parts = (place / part for part in (preset.inner if preset else ()))
-    return str(next((part for part in parts if part.exists()), place))
+    return str(next(filter(places.exists, parts), place))
 
 
 def default_out(job: Job) -> Path:
@@ -131,7 +136,16 @@ def default_out(job: Job) -> Path:
 
 
 def _out(resolved: Resolved, launch: Launch) -> Path:
-    return Path(launch.out) if launch.out else default_out(resolved.job)
+    there = place(launch.out) if launch.out else None
+    if isinstance(there, Path):
+        return there
+    return Path(launch.private_dir) if launch.private_dir else default_out(resolved.job)
+
+
+def _store(launch: Launch) -> str | None:
+    """The object store that the outputs go to."""
+    there = place(launch.out) if launch.out else None
+    return None if there is None or isinstance(there, Path) else str(there)
 
 
 def prepare(job: Job, launch: Launch) -> RunDir:
@@ -149,6 +163,8 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     if Path(resolved.location).is_dir() and out.resolve().is_relative_to(resolved.location):
         raise UsageError(f"--out {out} lies inside the data set, which would grow by it; use a place outside")
     device, _ = env.choose_device(launch)
+    if (url := _store(launch)) and Bucket(url, out).taken():
+        raise UsageError(f"{url} holds another run; use another --out, or the --private-dir of that run")
     made = _missing_parents(out)
     _clear_away(out)
     staging = out.parent / f"{_planning(out, str(os.getpid()))}{uuid.uuid4().hex[:8]}"
@@ -156,6 +172,8 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         with _writing(out):
             staging.mkdir(parents=True, mode=0o700)
         _write_plan(staging, resolved, launch, device)
+        if url:
+            Bucket(url, out).claim(sha256_file(staging / "plan.json"))
         with _writing(out):
             try:
                 staging.rename(out)
@@ -227,6 +245,8 @@ def reopen(out: Path, resolved: Resolved, launch: Launch) -> RunDir:
     differences = list(differing(planned, job.model_copy(update={"split": job.split or planned.split})))
     if run.plan.source.location != resolved.location:
         differences.append(f"source {run.plan.source.location} (now {resolved.location})")
+    if run.plan.store != _store(launch):
+        differences.append(f"out {run.plan.store or out} (now {launch.out or out})")
     if launch.secret_file and keys.commitment(_secret(job, launch)) != run.plan.secret_commitment:
         differences.append(f"another secret than {launch.secret_file}")
     if differences:
@@ -249,6 +269,7 @@ def _write_plan(folder: Path, resolved: Resolved, launch: Launch, device: str) -
         chain=chain,
         network=network,
         shard_size=job.shard_size or choose.shard_size(rows, network.batch_size),
+        store=_store(launch),
         secret_commitment=keys.commitment(secret),
         environment=env.environment(device),
     )
@@ -265,6 +286,7 @@ def _index_source(folder: Path, resolved: Resolved) -> tuple[SourcePlan, dict[in
     source, told = _open(resolved)
     path = folder / "index.parquet"
     rows = index.build(source, path, job.limit)
+    places.forget()
     labels = index.Index(path).label_counts()
     planned = SourcePlan(
         location=resolved.location,
@@ -327,11 +349,9 @@ def fetch(job: Job, launch: Launch) -> dict[str, str]:
     model = models.inspect(str(resolved.job.model), launch.allow_pickle, resolved.job.lora)
     source, _ = _open(resolved)
     commit = getattr(source, "revision", None)
-    place = hub.dataset(resolved.location, commit) if commit else Path(catalog.resolved(resolved.location))
-    return {
-        "model": f"{model.name}, {hub.whereabouts(model.root)}",
-        "data set": f"{job.dataset}, {hub.whereabouts(place)}",
-    }
+    place = hub.dataset(resolved.location, commit) if commit else places.place(catalog.resolved(resolved.location))
+    here = hub.whereabouts(place) if isinstance(place, Path) else "read from there by each run"
+    return {"model": f"{model.name}, {hub.whereabouts(model.root)}", "data set": f"{job.dataset}, {here}"}
 
 
 def _secret(job: Job, launch: Launch) -> bytes:

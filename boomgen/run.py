@@ -1,8 +1,10 @@
 """RunDir: the folder on disk, which is all the state that a run has."""
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,8 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from boomgen import keys, manifest
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index
+from boomgen.places import Place
 from boomgen.plan import Plan, read_plan
-from boomgen.shard import DONE, PART, sha256_file, unseal
+from boomgen.shard import DONE, sha256_file, unseal
+from boomgen.store import CARD, CLOSING, Bucket, Folder, open_store
+
+KINDS = ("read", "infer", "write", "total")
 
 
 class _File(BaseModel):
@@ -46,7 +52,8 @@ class Status(NamedTuple):
     ok: int
     failed: dict[str, int]  # by reason
     finalised: bool
-    seconds: float  # of worker time, all whole shards together
+    seconds: dict[str, float]  # of worker time by kind (read, infer, write, total), all whole shards together
+    usual: float | None  # seconds that a whole shard took, the median; None: there is none
 
 
 class RunDir:
@@ -78,18 +85,28 @@ class RunDir:
     def manifest(self) -> Path:
         return self.path / "manifest"
 
+    @cached_property
+    def store(self) -> Folder | Bucket:
+        """Where whole shards and the data set are."""
+        return open_store(self.plan.store, self.path)
+
     @property
-    def dataset(self) -> Path:
-        return self.path / "dataset"
+    def dataset(self) -> Place:
+        return self.store.dataset
 
     @property
     def closing(self) -> Path:
-        """What `finalise` says of the texts that it wrote into the data set."""
-        return self.path / "dataset.json"
+        """What `finalise` says of the tars and texts that it put into the data set."""
+        return self.path / CLOSING
 
     @property
     def logs(self) -> Path:
         return self.path / "logs"
+
+    @property
+    def workers(self) -> Path:
+        """What each worker says of itself, as long as it lives."""
+        return self.path / "workers"
 
     @property
     def package(self) -> Path:
@@ -125,8 +142,7 @@ class RunDir:
 
     def published(self) -> set[int]:
         """Numbers of the shards that are whole."""
-        names = {entry.name for entry in self.shards.iterdir()} if self.shards.is_dir() else set()
-        return {number for number in range(self.plan.shards) if self.shard(number).name in names}
+        return self.store.whole() & set(range(self.plan.shards))
 
     def missing(self) -> list[int]:
         return sorted(set(range(self.plan.shards)) - self.published())
@@ -137,10 +153,10 @@ class RunDir:
         Raises:
             BoomgenError: missing, changed since it was written, or of another shard or plan.
         """
-        path = self.shard(number) / DONE
+        path = self.store.where(number) / DONE
         again = f"remove {path.parent} and go on with: boomgen resume {self.path}"
         try:
-            record = unseal(path.read_bytes())
+            record = unseal(self.store.record(number))
             _Done.model_validate(record)
         except (OSError, ValueError) as err:
             why = err.errors()[0]["msg"] if isinstance(err, ValidationError) else err
@@ -152,24 +168,40 @@ class RunDir:
     def failures(self) -> Iterator[str]:
         """One line for each row that failed, over whole shards: which one, and why."""
         for number in sorted(self.published()):
-            part = self.shard(number) / PART
+            part = self.store.part(number)
             rows = manifest.read_part(part).to_pylist() if self.done(number)["failed"] else []
             for row in (row for row in rows if row["status"] == manifest.FAILED):
                 source = row.get("source_key", "its source is no longer known")
                 yield f"row {row['row']} ({source}): {row['reason']}: {row.get('detail', '')}"
 
-    def status(self) -> Status:
-        failed: dict[str, int] = {}
-        ok, seconds = 0, 0.0
-        whole = sorted(self.published())
-        for number in whole:
+    @cached_property
+    def _counted(self) -> dict[int, tuple[int, dict[str, int], dict[str, float]]]:
+        """Of shards seen whole: rows ok, failed by reason, seconds. Whoever looks again need not read them again."""
+        return {}
+
+    def _count(self, number: int) -> tuple[int, dict[str, int], dict[str, float]]:
+        if number not in self._counted:
             record = self.done(number)
-            ok += record["ok"]
-            seconds += record["seconds"]["total"]
-            for reason, count in record["failed"].items():
-                failed[reason] = failed.get(reason, 0) + count
-        finalised = (self.dataset / "README.md").exists()
-        return Status(self.plan.shards, len(whole), self.missing(), ok, failed, finalised, seconds)
+            self._counted[number] = record["ok"], record["failed"], record["seconds"]
+        return self._counted[number]
+
+    def status(self) -> Status:
+        """Counted anew, but a done record is read once in the life of this object."""
+        whole = self.published()
+        counts = [self._count(number) for number in sorted(whole)]
+        failed = Counter[str]()
+        for _, reasons, _ in counts:
+            failed.update(reasons)
+        return Status(
+            planned=self.plan.shards,
+            whole=len(whole),
+            missing=sorted(set(range(self.plan.shards)) - whole),
+            ok=sum(ok for ok, *_ in counts),
+            failed=dict(failed),
+            finalised=(self.dataset / CARD).exists(),
+            seconds={name: round(sum(spent[name] for *_, spent in counts), 3) for name in KINDS},
+            usual=median(spent["total"] for *_, spent in counts) if counts else None,
+        )
 
 
 def numbers(text: str, count: int) -> list[int]:

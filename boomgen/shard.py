@@ -21,6 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from boomgen.places import Place
 from boomgen.untrusted import read_json
 
 TAR, PART, DONE = "data.tar", "manifest.parquet", "done.json"
@@ -56,10 +57,10 @@ def unseal(data: bytes) -> dict[str, Any]:
     return record
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Place) -> str:
     """The hash of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def write_durable(path: Path, data: bytes) -> None:

@@ -1,17 +1,65 @@
 """What commands print."""
 
-from collections.abc import Sequence
+import json
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from boomgen.untrusted import printable
+
+if TYPE_CHECKING:
+    from boomgen.progress import Look
+    from boomgen.run import RunDir, Status
+
+WATCH_EVERY = 2.0  # seconds
+AGAIN = "\x1b[H\x1b[J"  # to the upper left, and clear what follows
+ROUTINE = re.compile(
+    r"$|\s|Traceback |.* done: |part \d+/\d+ on |worker \d+ of \d+: |\d+/\d+ images|boomgen: stopped |[a-z_ ]+  "
+)
+"""Lines in a log that tell of no failure, or nothing that another does not tell."""
 
 
 def status_text(path: Path) -> str:
     """What a run holds, and the command that goes on."""
-    from boomgen.plan import source_lines
-    from boomgen.run import RunDir, ranges
+    from boomgen.progress import look
+    from boomgen.run import RunDir
 
     run = RunDir(path)
-    found, levels, level = run.status(), run.plan.chain.levels, run.plan.chain.level
+    return _text(run, look(run))
+
+
+def show_status(run: "RunDir", as_json: bool, watched: bool) -> "Status":
+    """Print how far a run is; watched: again and again, until it is whole or Ctrl-C is pressed. The last that was seen.
+
+    A terminal shows one picture; elsewhere each look is a line.
+    """
+    from boomgen.progress import line, look
+
+    while True:
+        found = look(run)
+        if as_json:
+            print(json.dumps(found.json()), flush=True)
+        elif watched and not sys.stdout.isatty():
+            print(printable(line(found)), flush=True)
+        else:
+            print((AGAIN if watched else "") + printable(_text(run, found)), flush=True)
+        if not watched or not found.status.missing:
+            return found.status
+        try:
+            time.sleep(WATCH_EVERY)
+        except KeyboardInterrupt:
+            return found.status
+
+
+def _text(run: "RunDir", look: "Look") -> str:
+    from boomgen.plan import source_lines
+    from boomgen.progress import line
+    from boomgen.run import ranges
+
+    path, found, levels, level = run.path, look.status, run.plan.chain.levels, run.plan.chain.level
     counts = [f"{count} failed ({reason})" for reason, count in sorted(found.failed.items())]
     lines = {
         "rows": f"{', '.join([f'{found.ok} ok', *counts])} of {run.plan.rows}"
@@ -21,15 +69,42 @@ def status_text(path: Path) -> str:
         "shards": f"{found.whole} of {found.planned} whole"
         + (f", missing: number {ranges(found.missing)}" if found.missing else ""),
     }
+    if look.workers:
+        lines |= {"now": line(look)}
     if found.finalised:
         lines |= {"data set": str(run.dataset), "manifest": str(run.manifest)}
     lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
     if found.finalised and run.plan.job.linkage == "private":
-        lines |= {"private": f"everything in {path} but dataset/ links outputs to people; share only {run.dataset}"}
-    return table(lines)
+        rest = "" if run.plan.store else " but dataset/"
+        lines |= {"private": f"everything in {path}{rest} links outputs to people; share only {run.dataset}"}
+    return "\n".join([table(lines), *([columns(list(_workers(look)))] if look.workers else [])])
 
 
-def _next(found: Any) -> str:
+def _workers(look: "Look") -> Iterator[tuple[str, ...]]:
+    from boomgen.progress import does
+
+    yield "worker", "host", "device", "images/s", "read", "infer", "write", "does"
+    for seen in look.workers:
+        word = seen.word
+        seconds = (f"{word.seconds[name] + word.spent[name]:.0f} s" for name in word.seconds)
+        yield str(word.worker), word.host, word.device, f"{seen.rate:.1f}", *seconds, does(seen, look)
+
+
+def log_lines(run: "RunDir", failed: bool) -> Iterator[str]:
+    """What the workers said; failed: one line for each row that failed, and for each attempt at a shard."""
+    from boomgen.report import epitaph, words
+
+    if failed:
+        yield from run.failures()
+        missing = set(run.missing())
+        yield from (epitaph(heard) for heard in words(run) if heard.gone and heard.word.shard in missing)
+    for path in sorted(run.logs.glob("*.log")):
+        for said in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            if not failed or not ROUTINE.match(said):
+                yield f"{path.stem}: {said}"
+
+
+def _next(found: "Status") -> str:
     if found.missing:
         return "resume RUN"
     if found.finalised:

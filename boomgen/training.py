@@ -28,7 +28,7 @@ from boomgen.index import Index
 from boomgen.plan import Plan, SourcePlan
 from boomgen.run import RunDir, ranges
 from boomgen.shard import PART, TAR
-from boomgen.sources.base import Row, Source
+from boomgen.sources.base import Reader, Row
 
 ORIGINAL = -1
 """In place of a version's number: the original."""
@@ -145,6 +145,8 @@ def _linked(run: RunDir | Path | str, p: float) -> RunDir:
         raise UsageError(f"p = {p}, expected a probability from 0 to 1")
     if run.plan.job.linkage == "none":
         raise UsageError(f"{run.path} was made with --linkage none, nothing pairs its images with their originals")
+    if run.plan.store:
+        raise UsageError(f"the tars of {run.path} are in {run.plan.store}; train from a run whose tars are on disk")
     if missing := run.missing():
         raise UsageError(f"{run.path} misses shards {ranges(missing)}; go on with: boomgen resume {run.path}")
     len(run.index)  # checks that it is the planned one
@@ -191,7 +193,7 @@ def _picture(plan: Plan, file: bytes) -> Image.Image:
 
 
 @lru_cache(maxsize=4)
-def _source(process: int, source: SourcePlan) -> Source:
+def _source(process: int, source: SourcePlan) -> Reader:
     """The source, opened once by each process: forked workers must not share a file position."""
     return source.open()
 

@@ -6,12 +6,13 @@ import io
 import itertools
 import random
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from boomgen import manifest
 from boomgen.errors import BoomgenError
-from boomgen.finalise import dataset_files, dataset_links
+from boomgen.finalise import dataset_files, dataset_names, manifest_links
+from boomgen.places import Place
 from boomgen.run import RunDir
 from boomgen.shard import DONE, PART, TAR, sha256_file, unseal
 
@@ -25,10 +26,10 @@ def verify(run: RunDir) -> Iterator[str]:
         return
     for number in range(run.plan.shards):
         yield from _shard(run, number)
-    if run.manifest.exists() or run.dataset.exists():
-        parts = {f"part-{number:05d}.parquet": run.shard(number) / PART for number in range(run.plan.shards)}
-        yield from _folder(run.manifest, parts, {})
-    if run.dataset.exists():
+    if run.manifest.exists() or run.store.closed():
+        with contextlib.suppress(BoomgenError):  # of a damaged done record, named above
+            yield from _folder(run.manifest, manifest_links(run), {})
+    if run.store.closed():
         yield from _dataset(run)
 
 
@@ -52,8 +53,8 @@ def _secret(run: RunDir) -> None:
 
 
 def _shard(run: RunDir, number: int) -> Iterator[str]:
-    folder = run.shard(number)
-    if not folder.exists():
+    folder = run.store.where(number)
+    if not run.store.holds(number):
         yield f"{folder} is missing; go on with: boomgen resume {run.path}"
         return
     try:
@@ -62,20 +63,24 @@ def _shard(run: RunDir, number: int) -> Iterator[str]:
         yield str(err)
         return
     sound = True
-    for name, known in record["files"].items():
-        path = folder / name
+    files = {PART: run.store.part(number), TAR: run.store.tar(number)}
+    for name, path in files.items():
+        known = record["files"][name]
         if not path.exists() or path.stat().st_size != known["bytes"] or sha256_file(path) != known["sha256"]:
             yield f"{path} differs from its done record; remove {folder} and go on with: boomgen resume {run.path}"
             sound = False
-    for path in sorted(set(folder.iterdir()) - {folder / name for name in (*record["files"], DONE)}):
-        yield f"{path} is not of this shard; remove it"
+    if (folder / DONE).read_bytes() != run.store.record(number):
+        yield f"{folder / DONE} is not the record of {run.path}; remove {folder}, then: boomgen resume {run.path}"
+    ours = {str(path) for path in (*files.values(), folder / DONE)}
+    for name in sorted(set(map(str, folder.iterdir())) - ours):
+        yield f"{name} is not of this shard; remove it"
     if sound:
         yield from _rows(run, number)
 
 
 def _rows(run: RunDir, number: int) -> Iterator[str]:
     """Rows in the part = rows in the plan; images in the tar = ok rows of the part, byte for byte."""
-    part, path = run.shard(number) / PART, run.shard(number) / TAR
+    part, path = run.store.part(number), run.store.tar(number)
     table = manifest.read_part(part)
     if table.column("row").to_pylist() != list(run.plan.positions(number)):
         yield f"{part} does not hold the planned rows"
@@ -87,10 +92,10 @@ def _rows(run: RunDir, number: int) -> Iterator[str]:
         yield f"{path} does not hold the ok rows of its manifest part"
 
 
-def _samples(path: Path) -> dict[str, dict[str, bytes]]:
+def _samples(path: Place) -> dict[str, dict[str, bytes]]:
     """The samples of a tar: key -> extension -> content."""
     samples: dict[str, dict[str, bytes]] = {}
-    with tarfile.open(path) as tar:
+    with path.open("rb") as file, tarfile.open(fileobj=file) as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
             samples.setdefault(key, {})[extension] = (tar.extractfile(member) or io.BytesIO()).read()
@@ -104,26 +109,28 @@ def _dataset(run: RunDir) -> Iterator[str]:
         yield f"{run.closing} is damaged ({err}); remove {run.dataset} and finalise again"
         return
     with contextlib.suppress(BoomgenError):  # a damaged done record was named above
-        yield from _folder(run.dataset, dataset_links(run, dataset_files(run)), texts)
+        tars = {name: run.store.tar(number) for number, name in dataset_names(dataset_files(run)).items()}
+        yield from _folder(run.dataset, tars, texts)
 
 
-def _folder(folder: Path, links: dict[str, Path], texts: dict[str, str]) -> Iterator[str]:
+def _folder(folder: Place, links: Mapping[str, Place], texts: dict[str, str]) -> Iterator[str]:
     """What finalise placed is what the shards hold, and there is nothing else."""
     for name, origin in links.items():
         path = folder / name
-        if not path.exists() or not origin.exists() or not (path.samefile(origin) or _same(path, origin)):
+        if not path.exists() or not origin.exists() or not _same(path, origin):
             yield f"{path} is not that of its shard; remove {folder} and finalise again"
     for name, known in texts.items():
         path = folder / name
         if not path.exists() or sha256_file(path) != known:
             yield f"{path} is not what was written; remove {folder} and finalise again"
-    for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.relative_to(folder).as_posix() not in links.keys() | texts.keys():
-            yield f"{path} was not put there by boomgen; remove it"
+    ours = {str(folder / name) for name in links.keys() | texts.keys()}
+    for path in sorted((path for path in folder.rglob("*") if str(path) not in ours and path.is_file()), key=str):
+        yield f"{path} was not put there by boomgen; remove it"
 
 
-def _same(one: Path, other: Path) -> bool:
-    return sha256_file(one) == sha256_file(other)
+def _same(one: Place, other: Place) -> bool:
+    linked = isinstance(one, Path) and isinstance(other, Path) and one.samefile(other)
+    return linked or one == other or sha256_file(one) == sha256_file(other)
 
 
 def remake(run: RunDir, count: int) -> Iterator[str]:
@@ -134,12 +141,12 @@ def remake(run: RunDir, count: int) -> Iterator[str]:
     chosen = sorted(random.sample(range(run.plan.rows), min(count, run.plan.rows)))
     places = [divmod(row, run.plan.shard_size) for row in chosen]
     for shard, group in itertools.groupby(places, key=lambda place: place[0]):
-        rows = manifest.read_part(run.shard(shard) / PART).to_pylist()
-        samples = _samples(run.shard(shard) / TAR)
+        rows = manifest.read_part(run.store.part(shard)).to_pylist()
+        samples = _samples(run.store.tar(shard))
         offsets = [offset for _, offset in group]
         size = run.plan.network.batch_size
         made = {batch: worker.make_batch(shard, batch) for batch in {offset // size for offset in offsets}}
         for offset in offsets:
             again, row = made[offset // size][offset % size], rows[offset]
             if {**again.entry, "shard": shard} != row or again.members != samples.get(row["key"], {}):
-                yield f"row {row['row']} ({row['key']}) made again differs from {run.shard(shard)}"
+                yield f"row {row['row']} ({row['key']}) made again differs from {run.store.where(shard)}"

@@ -92,6 +92,7 @@ class Worker:
         network, device = self.plan.network, self.device
         self.encode = conditions.text_encoder(self.plan.model, network.dtype, device) if network.template else None
         self.pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="boomgen")
+        self.spent = Clock().spent  # of the shard in hand
 
     def _denoiser(self) -> Denoiser:
         info, planned = self.plan.model, self.plan.network
@@ -117,6 +118,7 @@ class Worker:
     def make_shard(self, number: int, tick: Tick = lambda rows: None) -> dict[str, Any]:
         """Make and publish one shard; its done record. A failure of the machine raises and leaves nothing behind."""
         start, clock = time.perf_counter(), Clock()
+        self.spent = clock.spent
         shard = ShardWriter(self.run.shards, self.run.staging, number)
         try:
             entries = []
@@ -128,7 +130,7 @@ class Worker:
                 shard.touch()
             record = self._record(entries, clock.spent | {"total": time.perf_counter() - start})
             shard.seal(manifest.table(entries), record)
-            shard.publish()
+            self.run.store.publish(shard)
         except BaseException:
             shard.abandon()
             raise

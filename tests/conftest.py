@@ -20,6 +20,7 @@ from boomgen.job import Job, Launch
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
 
+from .engines.table import table
 from .finished import Bytes, finish, made
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -105,9 +106,11 @@ def tell(record_property: Callable[[str, object], None]) -> Tell:
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Show what tests told, also those that ran in other processes."""
-    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
     properties = (entry for report in reports for entry in getattr(report, "user_properties", ()))
     for line in dict.fromkeys(line for name, line in properties if name == "told"):
+        terminalreporter.write_line(line)
+    for line in table(reports):
         terminalreporter.write_line(line)
 
 

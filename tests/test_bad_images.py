@@ -15,8 +15,7 @@ from boomgen.cli import main
 from boomgen.verify import remake
 
 from .conftest import Complaint, PlanTiny
-from .finished import finish, pixel_hash, samples
-from .test_bytes import made
+from .finished import finish, made, pixel_hash, samples
 
 GREY = np.random.default_rng(3).integers(0, 256, (8, 8), np.uint8)
 

@@ -21,9 +21,8 @@ from boomgen.run import RunDir
 
 from .conftest import Complaint, PlanTiny, write_idx
 from .disk.faults import FAIL_FROM_HERE
-from .finished import finish, samples, write_portraits
+from .finished import finish, made, samples, write_portraits
 from .source_checks import member, picture, write_tar
-from .test_bytes import made
 from .test_faults import command, place, preloaded
 
 __all__ = ["place", "preloaded"]  # fixtures

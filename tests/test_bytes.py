@@ -3,37 +3,33 @@
 import contextlib
 import os
 import random
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from boomgen import drive
 from boomgen.cli import main
 from boomgen.errors import BoomgenError
 from boomgen.job import Launch
-from boomgen.run import RunDir, ranges
+from boomgen.run import RunDir
 from boomgen.shard import FAILPOINTS
 from boomgen.verify import verify
 from boomgen.worker import Worker
 
 from .conftest import SECRET, PlanTiny
+from .driver import Driver, users_of
 from .finished import command_line, finish, made
+from .test_progress import two_at_work
 
 CHANCE = random.Random(20)
 LONG = {"steps": 100, "shard_size": 8}  # 13 shards of one batch, 40 network calls each: about half a second
 AUGMENT = {"mode": "augment", "variants": 3, "seed": 5, "limit": 40, "shard_size": 8}
-KILLED = AUGMENT | {"steps": 100}
+LONGER = AUGMENT | {"steps": 100}
 
 
 # Workers, threads, order -------------------------------------------------------------------------------------------
@@ -54,16 +50,12 @@ def test_any_order(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, job: d
         assert made(run) == undisturbed(**job)
 
 
-@pytest.mark.parametrize(("workers", "threads", "job"), [(1, 2, {"limit": 32}), (2, 1, {})])
-def test_workers_and_threads(
-    plan_tiny: PlanTiny, undisturbed: Any, boomgen: Any, tmp_path: Path, workers: int, threads: int, job: Any
-) -> None:
-    """Real worker processes, one with two threads and two with one, make what one worker in one thread makes."""
-    run = plan_tiny(tmp_path / "run", **job)
-    limits = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"}
-    boomgen("resume", run.path, "--device", "cpu", "--workers", workers, env=os.environ | limits)
-    assert len(list(run.logs.iterdir())) == workers
-    assert made(run) == undisturbed(**job)
+def test_threads(plan_tiny: PlanTiny, undisturbed: Any, boomgen: Any, tmp_path: Path) -> None:
+    """A real worker process with two threads makes what one thread makes."""
+    run = plan_tiny(tmp_path / "run", limit=32)
+    limits = {"OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    boomgen("resume", run.path, "--device", "cpu", "--workers", 1, env=os.environ | limits)
+    assert made(run) == undisturbed(limit=32)
 
 
 def test_bytes_follow_the_secret(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
@@ -114,105 +106,33 @@ def _killed(run: RunDir, failpoint: str, number: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-class Driver:
-    """`boomgen resume`, or another command, as a process of its own or of a launcher, and its workers."""
-
-    def __init__(
-        self, run: RunDir, *command: str, workers: int = 2, launcher: tuple[str, ...] = (sys.executable, "-m")
-    ) -> None:
-        self.run = run
-        line = command or ("boomgen", "resume", str(run.path), "--device", "cpu", "--workers", str(workers))
-        assert line[0] == "boomgen"
-        self.process = subprocess.Popen(
-            [*launcher, *line],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def workers(self) -> list[int]:
-        """Pids of all processes but the driver that name the run's folder, the longest running first."""
-        found = []
-        for place in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
-                if place.name.isdecimal() and str(self.run.path).encode() in (place / "cmdline").read_bytes():
-                    found.append((int((place / "stat").read_text().rpartition(")")[2].split()[19]), int(place.name)))
-        return [pid for _, pid in sorted(found) if pid != self.process.pid]
-
-    def wait_for(self, done: Callable[[], bool]) -> None:
-        """Until something has come true on the disk."""
-        end = time.monotonic() + 240
-        while not done():
-            assert self.process.poll() is None, self.end()
-            assert time.monotonic() < end, "no progress"
-            time.sleep(0.005)
-
-    def wait_published(self, count: int) -> None:
-        self.wait_for(lambda: len(self.run.published()) >= count)
-
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=240)
-        return self.process.returncode, out, err
-
-    def no_orphan(self) -> bool:
-        """Whether all workers are gone, after a while at most."""
-        end = time.monotonic() + 30
-        while self.workers() and time.monotonic() < end:
-            time.sleep(0.05)
-        return not self.workers()
-
-
-def test_workers_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
-    """Two workers SIGKILLed at random progress of one run: the driver goes on by itself to the same bytes, exit 0."""
-    run = plan_tiny(tmp_path / "run", **KILLED)
+def test_watched_while_a_worker_is_killed(
+    plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Meanwhile another process sees who works and how fast. One of two workers is SIGKILLed: the driver goes on to the
+    same bytes, its last line tells the end, its log who died."""
+    run = plan_tiny(tmp_path / "run", **LONGER)
     driver = Driver(run)
-    for _ in range(2):
-        driver.wait_published(len(run.published()) + 1)
-        driver.wait_for(lambda: bool(driver.workers()) and any(run.staging.iterdir()))
-        time.sleep(CHANCE.random() * 0.3)
-        os.kill(driver.workers()[0], signal.SIGKILL)
+    driver.wait_for(lambda: two_at_work(run, capsys, driver.workers()))
+    os.kill(next(pid for pid in driver.workers() if pid in users_of(run.staging)), signal.SIGKILL)
     code, _, err = driver.end()
     assert code == 0, err
-    assert 1 <= err.count("died with exit code -9") <= 2, err  # one without a shard in hand is not spoken of
-    assert made(run) == undisturbed(**KILLED)
+    assert err.count("died with exit code -9") == 1, err
+    assert err.splitlines()[-1].startswith("120/120 images, read "), err
+    capsys.readouterr()
+    assert main(["logs", str(run.path), "--failed"]) == 0
+    assert capsys.readouterr().out.count(" lost: worker") == err.count("died with exit code -9")
+    assert not run.workers.exists()
+    assert made(run) == undisturbed(**LONGER)
     assert not run.staging.exists()
     assert driver.no_orphan()
 
 
-def test_all_killed(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Driver and workers SIGKILLed twice at random progress. Each time `status` tells what is whole, what is
-    missing and the command that goes on; that very command goes on, in the end to the same bytes."""
-    run = plan_tiny(tmp_path / "run", **LONG)
-    next_command: tuple[str, ...] = ()
-    for _ in range(2):
-        driver = Driver(run, *next_command)
-        driver.wait_published(len(run.published()) + 1)
-        time.sleep(CHANCE.random() * 0.3)
-        for pid in (driver.process.pid, *driver.workers()):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        assert driver.end()[0] == -signal.SIGKILL
-        assert driver.no_orphan()
-        whole = [number for number in range(13) if run.shard(number).is_dir()]
-        missing = ranges([number for number in range(13) if number not in whole])
-        capsys.readouterr()
-        assert main(["status", str(run.path)]) == 0
-        lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-        assert lines["shards"] == f"{len(whole)} of 13 whole, missing: number {missing}"
-        next_command = tuple(shlex.split(lines["next"]))
-        assert next_command == ("boomgen", "resume", str(run.path))
-    code, _, err = Driver(run, *next_command).end()
-    assert code == 0, err
-    assert made(run) == undisturbed(**LONG)
-    assert not run.staging.exists()
-
-
 def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
-    """SIGTERM or SIGINT to the driver: exit 75 in one line, no worker and nothing half-made is left. SIGKILL of the
-    driver alone: its workers end by themselves. Going on gives the same bytes."""
+    """SIGTERM or SIGINT to the driver: exit 75 in one line, no worker and nothing half-made is left. Going on gives the
+    same bytes."""
     run = plan_tiny(tmp_path / "run", **LONG)
-    for sent in (signal.SIGTERM, signal.SIGINT, signal.SIGKILL):
+    for sent in (signal.SIGTERM, signal.SIGINT):
         driver = Driver(run)
         driver.wait_published(len(run.published()) + 1)
         workers = driver.workers()
@@ -222,11 +142,9 @@ def test_stopped(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
                 os.kill(pid, sent)
         code, out, err = driver.end()
         assert driver.no_orphan()
-        if sent != signal.SIGKILL:
-            assert code == 75
-            assert out == ""
-            said = f"stopped ({sent.name}); what is whole stays, go on with: boomgen resume {run.path}"
-            assert err.splitlines()[-1] == f"boomgen: {said}"
+        assert (code, out) == (75, "")
+        said = f"stopped ({sent.name}); what is whole stays, go on with: boomgen resume {run.path}"
+        assert err.splitlines()[-1] == f"boomgen: {said}"
         assert list(run.staging.iterdir()) == []
     finish_missing(run)
     assert made(run) == undisturbed(**LONG)
@@ -263,33 +181,6 @@ def finish_missing(run: RunDir) -> None:
 
 
 # Shards that fail --------------------------------------------------------------------------------------------------
-
-
-def test_poison_shard(plan_tiny: PlanTiny, boomgen: Any, tmp_path: Path) -> None:
-    """A shard that always fails is tried three times, the others are finished, and one line tells of it with exit 1;
-    once its cause is gone, resuming finishes with the bytes of an undisturbed run."""
-    folder = tmp_path / "images" / "class"
-    folder.mkdir(parents=True)
-    for number in range(24):
-        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
-    run, calm = (plan_tiny(tmp_path / name, dataset=str(folder.parent), shard_size=8) for name in ("run", "calm"))
-    expected = made(finish(calm))
-    (folder / "07.png").rename(tmp_path / "away")
-    done = boomgen("resume", run.path, "--device", "cpu", "--workers", 1, check=False)
-    assert done.returncode == 1
-    (missing,) = run.missing()
-    *told, last = done.stderr.splitlines()
-    assert last.startswith(f"boomgen: 1 shards failed 3 times and were set aside; shard {missing}: FileNotFoundError")
-    assert last.endswith(f"; see boomgen logs {run.path}")
-    # A slow run also tells of its progress.
-    causes = [line.partition(":")[0] for line in told if line.startswith("shard ")]
-    assert causes == [f"shard {missing}"] * 3
-    assert (run.logs / "worker-000.log").read_text().count("Traceback") == 3
-    assert list(run.staging.iterdir()) == []
-    (tmp_path / "away").rename(folder / "07.png")
-    finish_missing(run)
-    assert made(run) == expected
 
 
 SICK = """#!{python}

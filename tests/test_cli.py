@@ -65,7 +65,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         (
             ["anonymize", "--dataset", "imagent"],
             "no data set 'imagent', did you mean imagenet or imagenet-200?; expected a name (boomgen datasets), "
-            "an existing folder or .tar, or owner/name on the Hugging Face Hub",
+            "an existing folder or .tar, s3://bucket/folder, or owner/name on the Hugging Face Hub",
         ),
         (
             ["anonymize", "--dataset", "fashion-sample", "--model", "fashion-pached-ddpm"],

@@ -1,5 +1,6 @@
 """Everything that a newcomer can copy, from the help and from the docs, is run as it stands there."""
 
+import contextlib
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from PIL import Image
 from boomgen import cli, env
 
 from .conftest import FASHION
+from .s3.server import serving
 from .test_docs import PAGES
 
 FIRST = ["doctor", "sweep", "anonymize", "status", "verify"]
@@ -95,7 +97,16 @@ def test_every_command_of_the_docs_runs(
         Path("photos", name).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(random.integers(0, 256, (50, 40, 3), np.uint8)).save(Path("photos", name))
     assert str(fashion_mnist) == str(FASHION)
-    for line in blocks()[page]:
+    with serving() if page == "stores.md" else contextlib.nullcontext() as s3:
+        if s3:
+            s3.behind.mkdir("bucket")
+            for name, value in s3.environ.items():
+                monkeypatch.setenv(name, value)
+        _run_commands(blocks()[page], capsys)
+
+
+def _run_commands(lines: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    for line in lines:
         line = line.partition("#")[0].strip()
         making = re.match(r"boomgen (anonymize|augment|enhance|sweep|run)\b", line)
         code = run(f"{re.sub(r' --limit [0-9]+', '', line)} --limit 12" if making else line)

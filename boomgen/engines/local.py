@@ -13,6 +13,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -21,10 +22,11 @@ from typing import IO, Any
 from boomgen import env
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
+from boomgen.report import Telling, forget
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
 
-SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET", re.IGNORECASE)
+SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET|^FSSPEC_", re.IGNORECASE)
 """Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
 
 
@@ -41,7 +43,7 @@ class _Hand:
         self.log = run.logs / f"worker-{number:03d}.log"
         self.started, self.idle, self.hung = False, False, False
         self._rest = b""
-        command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(int(allow_mixed))]
+        command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(int(allow_mixed)), str(number)]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 command,
@@ -150,6 +152,7 @@ class LocalEngine:
         self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
         hand.close()
         del self.hands[hand.number]
+        forget(self.run_dir, hand.number)
         if not handout.again(hand.number, hand.started):
             if handout.open and not self.hands:
                 raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
@@ -162,7 +165,7 @@ class LocalEngine:
         return [] if lost is None else [Event("lost", lost, cause)]
 
 
-def serve(path: str, device: str, allow_mixed: bool) -> int:
+def serve(path: str, device: str, allow_mixed: bool, number: int) -> int:
     """A worker's life: read shard numbers, make them, say so. Ends with its driver, or on SIGTERM."""
     pipe = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
@@ -180,13 +183,14 @@ def serve(path: str, device: str, allow_mixed: bool) -> int:
     try:
         from boomgen.worker import Worker
 
-        worker = Worker(RunDir(path), env.claim(device), allow_mixed)
+        worker = Telling(Worker(RunDir(path), env.claim(device), allow_mixed), number)
     except BoomgenError as err:
         say("fatal", text=str(err))
         return 1
-    say("ready")
-    for line in sys.stdin:
-        _serve_shard(worker, int(line), say)
+    with contextlib.closing(worker):
+        say("ready")
+        for line in sys.stdin:
+            _serve_shard(worker, int(line), say)
     return 0
 
 
@@ -197,12 +201,17 @@ def make_logged(worker: Any, shard: int, tick: Callable[[int], None], log: Calla
         record: dict[str, Any] = worker.make_shard(shard, tick)
     except (BrokenPipeError, BoomgenError):
         raise
-    except Exception:
-        log(f"{stamp} shard {shard} failed\n{traceback.format_exc()}")
+    except Exception as err:
+        log(f"{stamp} shard {shard} failed: {gist(err)}\n{textwrap.indent(traceback.format_exc(), '    ')}")
         raise
     seconds = " ".join(f"{name} {value:.2f}" for name, value in record["seconds"].items())
     log(f"{stamp} shard {shard} done: {record['ok']} of {record['rows']} rows, s: {seconds}")
     return record
+
+
+def gist(err: Exception) -> str:
+    """What was raised, in one line."""
+    return f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"
 
 
 def _serve_shard(worker: Any, shard: int, say: Any) -> None:
@@ -213,7 +222,7 @@ def _serve_shard(worker: Any, shard: int, say: Any) -> None:
     except BoomgenError as err:
         say("fatal", shard, text=str(err))
     except Exception as err:
-        say("failed", shard, text=f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}")
+        say("failed", shard, text=gist(err))
         if not isinstance(err, OSError | BoomgenError):
             sys.exit(1)  # a device that failed once may fail for ever in this process; the driver starts a fresh one
         say("ready")
@@ -228,4 +237,4 @@ def write_log(text: str, file: IO[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(serve(sys.argv[1], sys.argv[2], sys.argv[3] == "1"))
+    sys.exit(serve(sys.argv[1], sys.argv[2], sys.argv[3] == "1", int(sys.argv[4])))

@@ -16,6 +16,7 @@ from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
 from boomgen.engines.local import make_logged, write_log
 from boomgen.errors import BoomgenError, UsageError
+from boomgen.report import BATCHES, SILENT, Telling, bury
 from boomgen.run import RunDir
 
 LAUNCHERS = (
@@ -23,8 +24,6 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; a batch script itself is no step
 )
 LOOK_AGAIN = 1.0  # seconds
-SILENT = 10.0
-"""Seconds without a change, besides three batches of our own, after which a shard in another's hands is made here."""
 
 
 class Rank(NamedTuple):
@@ -86,13 +85,16 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
         BoomgenError: this device is not of the planned class, or, when all others are whole, shards failed ATTEMPTS
             times.
     """
-    if all(run.shard(shard).exists() for shard in shards):
+    if run.published().issuperset(shards):
         return
     from boomgen.worker import Worker
 
-    with _log(run, rank.rank) as log:
+    bury(run)
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(_log(run, rank.rank))
         claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
-        maker, todo = _Maker(run, Worker(run, claimed, allow_mixed), log), in_order(shards, rank)
+        worker = stack.enter_context(contextlib.closing(Telling(Worker(run, claimed, allow_mixed), rank.rank)))
+        maker, todo = _Maker(run, worker, log), in_order(shards, rank)
         mine = len(own(shards, rank))
         print(f"worker {rank.rank} of {rank.world_size}: {mine} shards on {device}", file=sys.stderr, flush=True)
         while todo:
@@ -112,7 +114,7 @@ class _Maker:
 
     def settled(self, shard: int) -> bool:
         """Whether a shard is whole, perhaps made now, or set aside; if not, it is to be looked at again."""
-        if shard in self.aside or self.run.shard(shard).exists():
+        if shard in self.aside or self.run.store.holds(shard):
             return True
         if self.others.hold(shard):
             return False
@@ -146,14 +148,15 @@ def _log(run: RunDir, name: int) -> Iterator[Callable[[str], None]]:
 
 class _Others:
     """What other workers have in hand. Their staging folders change with every batch; ages are measured by this
-    process's own clock, since those of machines differ."""
+    process's own clock, since those of machines differ. One that does not change for SILENT seconds and BATCHES
+    batches of our own is made here."""
 
     def __init__(self, run: RunDir) -> None:
         self._run, self._seen, self._longest = run, dict[Path, tuple[int, float]](), 0.0
 
     def hold(self, shard: int) -> bool:
         """Whether somebody is making this shard, and was heard of not long ago."""
-        now, limit = time.monotonic(), SILENT + 3 * self._longest
+        now, limit = time.monotonic(), SILENT + BATCHES * self._longest
         return any(now - self._changed(folder, now) < limit for folder in self._run.staging.glob(f"{shard:05d}-*"))
 
     def _changed(self, folder: Path, now: float) -> float:

@@ -22,10 +22,13 @@ from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
 from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
+from boomgen.report import Telling, forget
 from boomgen.run import RunDir
 
 NOISE = "ray.out"
 """What Ray itself says, in RUN/logs."""
+CLIENTS = ("HF_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")
+"""How variables begin that tell where data lies and who asks for it."""
 LOOK = 1.0  # seconds between two looks at who is hung
 WAIT = 10.0  # seconds without a place, after which it is said
 RESOURCES: dict[str, tuple[str, dict[str, int]]] = {"cuda": ("GPU", {"num_gpus": 1}), "cpu": ("CPU", {"num_cpus": 1})}
@@ -54,7 +57,7 @@ class Actor:
             _write_to(run.logs / f"worker-{self.number:03d}.log")
             from boomgen.worker import Worker
 
-            self.worker = Worker(run, self.device, self.allow_mixed)
+            self.worker = Telling(Worker(run, self.device, self.allow_mixed), self.number)
         except BoomgenError as err:
             say("fatal", text=str(err))
         except Exception:
@@ -117,7 +120,7 @@ class RayEngine:
         self.run_dir, self.kind, self.workers, self.address = run, kind, workers, address
         self.allow_mixed, self.patience = allow_mixed, patience
         self.hands: dict[int, _Hand] = {}
-        told = {name: value for name, value in os.environ.items() if name.startswith("HF_") or SECRETS.search(name)}
+        told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS) or SECRETS.search(name)}
         self.environ = told | OFFLINE
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
@@ -139,6 +142,7 @@ class RayEngine:
                 yield from self._hand_out(handout, answer)
         finally:
             for number in self.hands:  # they were killed where they stood
+                forget(self.run_dir, number)
                 if (shard := handout.held(number)) is not None:
                     for folder in self.run_dir.staging.glob(f"{shard:05d}-*"):
                         shutil.rmtree(folder, ignore_errors=True)
@@ -213,6 +217,7 @@ class RayEngine:
     def _lost(self, hand: _Hand, handout: HandOut, what: str) -> list[Event]:
         self.ray.kill(hand.actor)
         del self.hands[hand.number]
+        forget(self.run_dir, hand.number)
         log = self.run_dir.logs / f"worker-{hand.number:03d}.log"
         if not handout.again(hand.number, hand.started):
             if handout.open and not self.hands:

@@ -30,7 +30,14 @@ class Row(NamedTuple):
     caption: str = ""  # at most MAX_CAPTION characters; "" where there is none, or none was asked for
 
 
-class Source(Protocol):
+class Reader(Protocol):
+    """Images of rows that are known."""
+
+    def read(self, row: Row) -> RawImage:
+        """The image as it is stored. A missing, moved or shortened file is an OSError (it may come back)."""
+
+
+class Source(Reader, Protocol):
     """A labelled image data set at rest. Opening one reads no pixels."""
 
     kind: str
@@ -40,9 +47,6 @@ class Source(Protocol):
 
     def rows(self) -> Iterator[Row]:
         """All rows in the source's own order, the same on every call and machine."""
-
-    def read(self, row: Row) -> RawImage:
-        """The image as it is stored. A missing, moved or shortened file is an OSError (it may come back)."""
 
 
 class Columns(NamedTuple):

@@ -6,18 +6,19 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from boomgen import places
 from boomgen.errors import UsageError
+from boomgen.places import Entry, Place
 from boomgen.sources.base import MAX_CAPTION, NO_LABEL, NO_SPLIT, OTHER_CLASS, SPLITS, Row, caption_of, choose_split
 
 EXTENSIONS = frozenset(("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm"))
 THOUSAND = re.compile(r"\d\d000")
 CAPTION = ".txt"
-Entry = os.DirEntry[str]
 
 
-def is_here(place: Path) -> bool:
+def is_here(place: Place) -> bool:
     """Whether a folder holds image files at any depth."""
-    return place.is_dir() and _holds_images(place)
+    return places.is_folder(place) and _holds_images(place)
 
 
 class Folder:
@@ -30,7 +31,7 @@ class Folder:
     kind = "folder"
     captions = False
 
-    def __init__(self, root: Path, split: str | None, wanted: tuple[str, ...] = (), captions: bool = False) -> None:
+    def __init__(self, root: Place, split: str | None, wanted: tuple[str, ...] = (), captions: bool = False) -> None:
         self.passed_over, self.captions = Counter[str](), captions
         self.root, self.split = _choose(root, split)
         found = _classes(self.root)
@@ -48,23 +49,23 @@ class Folder:
         labels = {name: label for label, name in enumerate(self.classes)}
         for entry in _entries(self.root):
             if entry.name in labels and _is_folder(entry):
-                yield from self._rows(entry.path, labels[entry.name])
+                yield from self._rows(entry, labels[entry.name])
             elif _is_folder(entry):
-                self._pass_by(sum(1 for _ in self._images(entry.path)))
+                self._pass_by(sum(1 for _ in self._images(entry)))
             else:
                 self._pass_over(entry)
 
-    def _rows(self, folder: str | os.PathLike[str], label: int) -> Iterator[Row]:
+    def _rows(self, folder: Place | Entry, label: int) -> Iterator[Row]:
         return (self._row(entry, label) for entry in self._images(folder))
 
     def _row(self, entry: Entry, label: int) -> Row:
-        key = Path(entry.path).relative_to(self.root).as_posix()
+        key = places.below(entry, self.root)
         try:
             return Row(key, key, 0, entry.stat().st_size, label, _caption(entry) if self.captions else "")
         except OSError as err:
             raise UsageError(f"{entry.path}: {err.strerror}; expected an image file: mend or remove it") from err
 
-    def _images(self, folder: str | os.PathLike[str]) -> Iterator[Entry]:
+    def _images(self, folder: Place | Entry) -> Iterator[Entry]:
         waiting = [_entries(folder)[::-1]]
         while waiting:
             if not waiting[-1]:
@@ -89,10 +90,7 @@ class Folder:
 
     def read(self, row: Row) -> bytes:
         """The file's bytes."""
-        data = (self.root / row.path).read_bytes()
-        if len(data) != row.size:
-            raise OSError(f"{self.root / row.path} has {len(data)} bytes, it had {row.size} when the rows were listed")
-        return data
+        return read(self.root, row)
 
 
 class Listed(Folder):
@@ -123,31 +121,39 @@ class Listed(Folder):
                 yield self._row(entry, label)
 
 
+def read(root: Place, row: Row) -> bytes:
+    """The bytes of an image file below `root`."""
+    data = places.read(root / row.path, 0, row.size + 1)  # one more, which tells that the file has grown
+    if len(data) != row.size:
+        held = f"{len(data)} bytes" if len(data) < row.size else "more bytes"
+        raise OSError(f"{root / row.path} has {held}, it had {row.size} when the rows were listed")
+    return data
+
+
 def _caption(entry: Entry) -> str:
-    path = os.path.splitext(entry.path)[0] + CAPTION
-    if not os.path.isfile(path):
-        return ""
-    with open(path, "rb") as file:
-        return caption_of(file.read(4 * MAX_CAPTION))
+    return caption_of(
+        places.beginning(places.beside(entry, os.path.splitext(entry.name)[0] + CAPTION), 4 * MAX_CAPTION)
+    )
 
 
-def _choose(root: Path, split: str | None) -> tuple[Path, str]:
+def _choose(root: Place, split: str | None) -> tuple[Place, str]:
     """The folder whose sub-folders are classes, and the split's name.
 
     Without a split asked, sub-folders are taken for splits only if all of them have such names: `train` beside
     `airplane` and `car` is a class. Asking again for the split that was chosen chooses the same.
     """
     split = None if split == NO_SPLIT else split
-    if split is not None and (root / split).is_dir():
+    if split is not None and places.is_folder(root / split):
         return root / split, split
-    names = [entry.name for entry in _entries(root) if _is_folder(entry) and _holds_images(entry)]
-    if names and set(names) <= set(SPLITS):
+    folders = [entry for entry in _entries(root) if _is_folder(entry)]
+    names = [entry.name for entry in folders if entry.name in SPLITS and _holds_images(entry)]
+    if names and not any(_holds_images(entry) for entry in folders if entry.name not in SPLITS):
         chosen = choose_split(names, split, str(root))
         return root / chosen, chosen
     return root, NO_SPLIT if split is None else choose_split([], split, str(root))
 
 
-def _classes(root: Path) -> tuple[str, ...]:
+def _classes(root: Place) -> tuple[str, ...]:
     entries = _entries(root)
     classes = tuple(entry.name for entry in entries if _is_folder(entry) and _holds_images(entry))
     loose = [entry.name for entry in entries if _is_image(entry)]
@@ -159,7 +165,7 @@ def _classes(root: Path) -> tuple[str, ...]:
     return () if all(_holds_a_thousand(root / name) for name in classes) else classes
 
 
-def _holds_a_thousand(folder: Path) -> bool:
+def _holds_a_thousand(folder: Place) -> bool:
     """Whether a folder is one of those that only keep folders small: 03000 holds 03000.png to 03999.png (FFHQ)."""
     inside = re.compile(rf"{folder.name[:2]}\d\d\d\.\w+")
     return bool(THOUSAND.fullmatch(folder.name)) and all(
@@ -174,21 +180,23 @@ def _is_folder(entry: Entry) -> bool:
 def _is_image(entry: Entry) -> bool:
     stem, dot, extension = entry.name.rpartition(".")
     named = bool(stem and dot) and extension.lower() in EXTENSIONS and stem[0] != "."
-    return named and (entry.is_file() or not os.path.exists(entry.path))  # a broken link is told of, a pipe passed over
+    return named and (entry.is_file() or _is_broken(entry))  # a broken link is told of, a pipe passed over
 
 
-def _entries(folder: str | os.PathLike[str]) -> list[Entry]:
-    with os.scandir(folder) as entries:
-        return sorted(entries, key=lambda entry: os.fsencode(entry.name))
+def _is_broken(entry: Entry) -> bool:
+    return not (entry.is_dir() or os.path.exists(entry.path))
 
 
-def _holds_images(folder: str | os.PathLike[str]) -> bool:
-    waiting = [os.fspath(folder)]
+def _entries(folder: Place | Entry) -> list[Entry]:
+    return sorted(places.scan(folder), key=lambda entry: os.fsencode(entry.name))
+
+
+def _holds_images(folder: Place | Entry) -> bool:
+    waiting = [folder]
     while waiting:
-        with os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if _is_image(entry):
-                    return True
-                if _is_folder(entry):
-                    waiting.append(entry.path)
+        for entry in places.scan(waiting.pop()):
+            if _is_image(entry):
+                return True
+            if _is_folder(entry):
+                waiting.append(entry)
     return False

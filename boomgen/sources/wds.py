@@ -1,4 +1,4 @@
-"""WebDataset tars on a local disk."""
+"""WebDataset tars."""
 
 import re
 import tarfile
@@ -8,13 +8,16 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from boomgen import places
 from boomgen.errors import UsageError
+from boomgen.places import Place
 from boomgen.sources.base import NO_LABEL, NO_SPLIT, SPLITS, Row, caption_of, choose_split
 from boomgen.untrusted import read_json, read_yaml
 
 EXTENSIONS = frozenset(("png", "jpg", "jpeg", "webp", "bmp"))
 NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)")  # key, fields: the key ends at the first dot of the last path part
 MAX_TEXT = 2**24  # bytes of a .cls, .json or .txt
+MAX_CARD = 2**22  # bytes
 EXTENDED = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
@@ -44,7 +47,7 @@ class _Header(tarfile.TarInfo):
         return header
 
 
-def is_here(place: Path) -> bool:
+def is_here(place: Place) -> bool:
     """Whether a path is a tar or a folder of tars."""
     return bool(_tars(place))
 
@@ -54,11 +57,12 @@ class Tars:
 
     kind = "webdataset"
 
-    def __init__(self, place: Path, split: str | None, captions: bool = False) -> None:
+    def __init__(self, place: Place, split: str | None, captions: bool = False) -> None:
         self.passed_over = Counter[str]()
         self._read = ("cls", "json", "txt") if captions else ("cls", "json")
-        self.root = place if place.is_dir() else place.parent
-        self.tars, self.split = _choose(_tars(place), split, place)
+        tars = _tars(place)
+        self.root = place.parent if tars == [place] else place
+        self.tars, self.split = _choose(tars, split, place)
         self.classes = _card_classes(self.root) or _card_classes(self.root.parent)
 
     def rows(self) -> Iterator[Row]:
@@ -67,8 +71,8 @@ class Tars:
         for tar in self.tars:
             yield from list(self._samples(tar))  # all of a tar before its first: members may come again at its end
 
-    def _samples(self, tar: Path) -> Iterator[Row]:
-        name, seen = tar.relative_to(self.root).as_posix(), set[str]()
+    def _samples(self, tar: Place) -> Iterator[Row]:
+        name, seen = str(tar)[len(str(self.root)) :].lstrip("/"), set[str]()
         for key, members in groupby(_members(tar, self._read), lambda member: member.key):
             if key in seen:
                 raise UsageError(
@@ -84,37 +88,42 @@ class Tars:
 
     def read(self, row: Row) -> bytes:
         """The image member's bytes."""
-        with (self.root / row.path).open("rb") as file:
-            file.seek(row.offset)
-            data = file.read(row.size)
-        if len(data) != row.size:
-            raise OSError(f"{self.root / row.path} ends inside {row.key}: {len(data)} of {row.size} bytes")
-        return data
+        return read(self.root, row)
 
 
-def _tars(place: Path) -> list[Path]:
-    if place.is_dir():
-        return sorted(place.glob("*.tar")) + sorted(place.glob("data/*.tar"))
-    return [place] if place.suffix == ".tar" and place.is_file() else []
+def read(root: Place, row: Row) -> bytes:
+    """The bytes of an image in a tar below `root`."""
+    data = places.read(root / row.path, row.offset, row.size)
+    if len(data) != row.size:
+        raise OSError(f"{root / row.path} ends inside {row.key}: {len(data)} of {row.size} bytes")
+    return data
 
 
-def _choose(tars: list[Path], split: str | None, place: Path) -> tuple[list[Path], str]:
+def _tars(place: Place) -> list[Place]:
+    if place.suffix == ".tar" and places.is_file(place):
+        return [place]
+    return [
+        folder / name for folder in (place, place / "data") for name in places.names(folder) if name.endswith(".tar")
+    ]
+
+
+def _choose(tars: list[Place], split: str | None, place: Place) -> tuple[list[Place], str]:
     """The tars of one split, known by their names; all of them where no name tells a split."""
     split = None if split == NO_SPLIT else split
     asked = [tar for tar in tars if tar.name.startswith(f"{split}-")]
-    if split is not None and asked and place.is_dir():
+    if split is not None and asked and tars != [place]:
         return asked, split
     named = [(tar, match[1]) for tar in tars if (match := SPLIT.search(tar.name))]
-    if split is None and (not named or not place.is_dir()):
+    if split is None and (not named or tars == [place]):
         return tars, NO_SPLIT
     chosen = choose_split(sorted({name for _, name in named}), split, str(place))
     return [tar for tar, name in named if name == chosen], chosen
 
 
-def _members(tar: Path, read: tuple[str, ...]) -> Iterator[Member]:
+def _members(tar: Place, read: tuple[str, ...]) -> Iterator[Member]:
     """The regular files of a tar that belong to samples, in order, with the texts of the fields to `read`."""
     try:
-        with tarfile.open(tar, "r:", tarinfo=_Header) as archive:
+        with places.opened(tar) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Header) as archive:
             while (info := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # else every header of the tar stays in memory
                 if info.size < 0 or info.issparse():
@@ -126,6 +135,8 @@ def _members(tar: Path, read: tuple[str, ...]) -> Iterator[Member]:
                     yield Member(match[1], field, info.offset_data, info.size, text)
             end = archive.offset
     except Exception as err:  # whatever `tarfile` makes of odd bytes
+        if isinstance(err, OSError) and not isinstance(tar, Path):
+            raise  # the server's fault, not the tar's
         line = " ".join(str(err).split()) or type(err).__name__
         raise UsageError(f"{tar}: {line}; expected a whole, uncompressed tar: fetch or write it again") from err
     _require_end(tar, end)
@@ -138,18 +149,15 @@ def _text(archive: tarfile.TarFile, info: tarfile.TarInfo) -> bytes:
     return file.read() if file else b""
 
 
-def _require_end(tar: Path, end: int) -> None:
+def _require_end(tar: Place, end: int) -> None:
     """tarfile takes a cut between two members, or a damaged header, for the end of the archive."""
-    with tar.open("rb") as file:
-        file.seek(end)
-        block = file.read(tarfile.BLOCKSIZE)
-    if block != tarfile.NUL * tarfile.BLOCKSIZE:
+    if places.read(tar, end, tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
         raise UsageError(
             f"{tar} is truncated or damaged at byte {end}, no end-of-archive block; fetch or write it again"
         )
 
 
-def _row(tar: Path, name: str, key: str, members: list[Member]) -> Row | None:
+def _row(tar: Place, name: str, key: str, members: list[Member]) -> Row | None:
     images = [member for member in members if member.field.rpartition(".")[2] in EXTENSIONS]
     if len(images) > 1:
         fields = ", ".join(image.field for image in images)
@@ -162,7 +170,7 @@ def _row(tar: Path, name: str, key: str, members: list[Member]) -> Row | None:
     return Row(key, name, images[0].offset, images[0].size, _label(tar, key, members), caption)
 
 
-def _label(tar: Path, key: str, members: list[Member]) -> int:
+def _label(tar: Place, key: str, members: list[Member]) -> int:
     """From .cls, else from "cls" or "label" in .json, else NO_LABEL."""
     texts = {member.field: member.text for member in members}
     try:
@@ -175,11 +183,13 @@ def _label(tar: Path, key: str, members: list[Member]) -> int:
     return next((value for value in values if type(value) is int), NO_LABEL)
 
 
-def _card_classes(folder: Path) -> tuple[str, ...]:
+def _card_classes(folder: Place) -> tuple[str, ...]:
     """The class names that a data set card (README.md) gives its feature `cls`; () where it gives none."""
     try:
-        text = (folder / "README.md").read_text(encoding="utf-8")
+        text = places.read(folder / "README.md", 0, MAX_CARD).decode()
         card = read_yaml(text.split("---\n")[1]) if text.startswith("---\n") else {}
+    except places.StorageError:
+        raise  # it may name them
     except (OSError, ValueError, IndexError):
         return ()
     infos = card.get("dataset_info", {}) if isinstance(card, dict) else {}

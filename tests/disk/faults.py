@@ -64,7 +64,7 @@ class Forked:
                 os.close(handle)
             os.setsid()
             sys.stdin, sys.stderr = open(0, closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-            leave(lambda: local.serve(command[3], command[4], command[5] == "1"))
+            leave(lambda: local.serve(command[3], command[4], command[5] == "1", int(command[6])))
         os.close(there)
         os.close(here)
         self.stdin, self.stdout = os.fdopen(self_in, "wb", 0), os.fdopen(self_out, "rb", 0)

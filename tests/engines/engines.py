@@ -23,7 +23,7 @@ import pytest
 
 from boomgen.run import RunDir
 
-from ..test_bytes import Driver
+from ..driver import Driver, users_of
 from .slurm_cluster import NODES, Cluster, slurm_cluster
 
 ROOT = Path(__file__).parents[2]
@@ -40,22 +40,12 @@ def launcher(name: str, *more: str) -> tuple[str, ...]:
     return (sys.executable, "-m", *LAUNCHERS[name].split(), *more, "-m")
 
 
-def users_of(folder: Path) -> list[int]:
-    """Pids of all processes that have a file below a folder open, the longest running first."""
-    found, below = [], f"{folder.resolve()}/"
-    for place in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if any(os.readlink(file).startswith(below) for file in (place / "fd").iterdir()):
-                found.append((int((place / "stat").read_text().rpartition(")")[2].split()[19]), int(place.name)))
-    return [pid for _, pid in sorted(found)]
-
-
 def wait_for(what: Callable[[], Any], seconds: float = 240) -> Any:
     """What `what` returns once it is true."""
     end = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < end, "no progress"
-        time.sleep(0.005)
+        time.sleep(0.02)
     return found
 
 
@@ -148,14 +138,14 @@ class Local(Engine):
 
 
 class Ranks(Engine):
-    """`boomgen resume` by torchrun or accelerate launch, always with two ranks."""
+    """`boomgen resume` by torchrun or accelerate launch, always with two ranks; `options` are the launcher's."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, *options: str) -> None:
+        self.name, self._launcher = name, launcher(name, *options)
 
     def start(self, run: RunDir, *more: Any, workers: int = 2) -> Going:
         command = ("boomgen", "resume", str(run.path), "--device", "cpu", *map(str, more))
-        return _of_process(run, Driver(run, *command, launcher=launcher(self.name)), "launcher")
+        return _of_process(run, Driver(run, *command, launcher=self._launcher), "launcher")
 
 
 class Ray(Engine):
@@ -180,7 +170,7 @@ class Ray(Engine):
     def mend(self) -> None:
         """Have the second node there."""
         if self.cluster is None:
-            self.cluster = self._stack.enter_context(ray_cluster())
+            self.cluster = self._stack.enter_context(ray_cluster(NODE))
         for node in list(self.cluster.worker_nodes):
             if not _raylet(node):
                 self._remove(node)
@@ -202,8 +192,8 @@ def _raylet(node: Any) -> dict[str, int]:
 
 
 @contextlib.contextmanager
-def ray_cluster() -> Iterator[Any]:
-    """The first node of a cluster. A lost one is noticed within seconds."""
+def ray_cluster(node: dict[str, int]) -> Iterator[Any]:
+    """A cluster with one such node. A lost one is noticed within seconds."""
     from ray.cluster_utils import Cluster as RayCluster
 
     short = tempfile.mkdtemp(dir="/tmp")
@@ -214,7 +204,7 @@ def ray_cluster() -> Iterator[Any]:
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)  # actors start in folders of Ray's
-        cluster = RayCluster(initialize_head=True, head_node_args=NODE | first)
+        cluster = RayCluster(initialize_head=True, head_node_args=node | first)
         try:
             yield cluster
         finally:

@@ -33,8 +33,8 @@ from boomgen.tell import columns
 from boomgen.verify import verify
 
 from ..conftest import save_model, write_idx
+from ..driver import Driver
 from ..finished import finish, made
-from ..test_bytes import Driver
 from .engines import Engine, Going, Ranks, Ray, Slurm, _of_process, engine, users_of, wait_for
 from .slurm_cluster import NODES
 

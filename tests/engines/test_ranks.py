@@ -20,13 +20,10 @@ from boomgen.errors import BoomgenError, UsageError
 from boomgen.run import RunDir, numbers, ranges
 
 from ..conftest import Complaint, PlanTiny
+from ..driver import Driver
 from ..finished import command_line, made
-from ..test_bytes import LONG, Driver
-
-PYTHON = [sys.executable, "-m"]
-TORCHRUN = [*PYTHON, "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-ACCELERATE = [*PYTHON, "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+from ..test_bytes import LONG
+from .engines import Ranks, launcher
 
 
 @pytest.mark.parametrize(
@@ -123,19 +120,14 @@ def test_parts_together_are_the_run(plan_tiny: PlanTiny, undisturbed: Any, tmp_p
 # The real launchers ------------------------------------------------------------------------------------------------
 
 
-def both_busy(launcher: list[str], run: RunDir) -> Driver:
-    """A launcher with two ranks, each of which has a shard in hand."""
-    driver = Driver(run, "boomgen", "work", str(run.path), launcher=(*launcher, "-m"))
-    driver.wait_for(lambda: len(run.published()) >= 2 and len(list(run.staging.iterdir())) > 1)
-    return driver
-
-
 def closed(run: RunDir) -> dict[str, str]:
     assert main(["finalise", str(run.path)]) == 0
     return made(run)
 
 
-def test_rank_0_plans_and_closes_under_accelerate(
+@pytest.mark.parametrize("name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_rank_0_plans_and_closes(
+    name: str,
     plan_tiny: PlanTiny,
     undisturbed: Any,
     secret_file: Path,
@@ -144,61 +136,26 @@ def test_rank_0_plans_and_closes_under_accelerate(
     """And the other waits for the plan; one of the two tells of the run."""
     job, out = plan_tiny(tmp_path / "like", **LONG).plan.job, tmp_path / "run"
     command = command_line(job, out, "--secret-file", str(secret_file), "--device", "cpu", verb="anonymize")
-    done = subprocess.run([*ACCELERATE, "-m", "boomgen", *command], capture_output=True, text=True, check=False)
+    done = subprocess.run([*launcher(name), "boomgen", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("rows      100 ok of 100") == 1
+    assert done.stderr.count("100/100 images, ") == 1
     run = RunDir(out)
     logs = [path.read_text() for path in run.logs.iterdir()]
     assert 13 <= sum(text.count(" done: ") for text in logs) <= 14  # a shard may be made twice at the end
     assert made(run) == undisturbed(**LONG)
 
 
-def test_a_killed_rank_ends_the_launch_and_any_engine_finishes(
-    plan_tiny: PlanTiny,
-    undisturbed: Any,
-    tmp_path: Path,
-) -> None:
-    run = plan_tiny(tmp_path / "run", **LONG)
-    launched = both_busy(TORCHRUN, run)
-    os.kill(launched.workers()[1], signal.SIGKILL)
-    code, _, err = launched.end()
-    assert code == 1, err
-    assert 2 <= len(run.published()) < 13
-    assert main(["resume", str(run.path), "--device", "cpu", "--workers", "1"]) == 0
-    assert made(run) == undisturbed(**LONG)
-    assert not run.staging.exists()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_a_stopped_rank_does_not_stop_the_run(
-    launcher: list[str],
-    plan_tiny: PlanTiny,
-    undisturbed: Any,
-    tmp_path: Path,
-) -> None:
-    """The other takes its shards, after it was silent for a while; woken, it finds nothing to do."""
-    run = plan_tiny(tmp_path / "run", **LONG)
-    launched = both_busy(launcher, run)
-    stopped = launched.workers()[1]
-    os.kill(stopped, signal.SIGSTOP)
-    launched.wait_for(lambda: len(run.published()) == 13)
-    os.kill(stopped, signal.SIGCONT)
-    code, _, err = launched.end()
-    assert code == 0, err
-    assert closed(run) == undisturbed(**LONG)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_killed_ranks_start_again(launcher: list[str], plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "flag"), [("torchrun", "--max-restarts"), ("accelerate", "--max_restarts")])
+def test_killed_ranks_start_again(name: str, flag: str, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
     """The launcher's restarts start all ranks anew; they go on."""
-    run, flag = plan_tiny(tmp_path / "run", **LONG), "--max_restarts" if launcher is ACCELERATE else "--max-restarts"
-    launched = both_busy([*launcher, flag, "2"], run)
-    os.kill(launched.workers()[0], signal.SIGKILL)
-    code, _, err = launched.end()
-    assert code == 0, err
-    assert closed(run) == undisturbed(**LONG)
+    run = plan_tiny(tmp_path / "run", **LONG)
+    going = Ranks(name, flag, "2").start(run)
+    os.kill(going.busy()[0], signal.SIGKILL)
+    ended = going.end()
+    assert ended.code == 0, ended.err
+    assert made(run) == undisturbed(**LONG)
 
 
 @pytest.mark.slow
@@ -206,7 +163,7 @@ def test_two_machines(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> 
     """Two launchers with a rank each, that meet at a port."""
     run = plan_tiny(tmp_path / "run", **LONG)
     port = str(random.SystemRandom().randrange(20000, 30000))
-    meeting = [*PYTHON, "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    meeting = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     meeting += ["--master-addr", "127.0.0.1", "--master-port", port]
     machines = [
         Driver(run, "boomgen", "work", str(run.path), launcher=(*meeting, "--node-rank", str(node), "-m"))

@@ -1,17 +1,13 @@
-"""What a real SLURM makes of the scripts: bytes, kills, requeues, lost nodes, the job that closes the run."""
+"""What a real SLURM makes of the scripts, beyond what all engines bear (test_conformance): signals, names, limits."""
 
-import os
 import re
-import shutil
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from boomgen.cli import main
 from boomgen.run import RunDir
 from boomgen.verify import verify
 from boomgen.worker import Worker
@@ -19,30 +15,20 @@ from boomgen.worker import Worker
 from ..conftest import Complaint, PlanTiny
 from ..finished import made
 from ..test_bytes import LONG
-from .slurm_cluster import Cluster, slurm_cluster
-from .test_slurm import HOSTILE, directives, texts
+from .engines import Slurm
+from .slurm_cluster import Cluster
+from .test_slurm import HOSTILE, texts
 
 pytestmark = pytest.mark.xdist_group("slurm")
 Submit = Callable[..., tuple[list[str], str]]
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A machine without SLURM fails, since a skipped proof proves nothing."""
-    if not shutil.which("slurmctld"):
-        pytest.fail("SLURM is missing: apt-get install --no-install-recommends slurm-wlm munge", pytrace=False)
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
-        yield cluster
-
-
 @pytest.fixture
-def submit(cluster: Cluster, boomgen: Any) -> Submit:
+def submit(slurm: Slurm) -> Submit:
     """Submit a run as a user does: the arrays, and the job that closes it."""
 
     def of(run: RunDir, *more: Any) -> tuple[list[str], str]:
-        small = ("--array-size", 2, "--cpus-per-task", 1, "--mem", "2G")
-        done = boomgen("slurm", run.path, "--submit", *small, *more, env=cluster.env | {"OMP_NUM_THREADS": "1"})
-        *arrays, closing, _ = (line.split()[1] for line in done.stdout.splitlines())
+        *arrays, closing, _ = (line.split()[1] for line in slurm.submit(run, *more).splitlines())
         return arrays, closing
 
     return of
@@ -63,13 +49,6 @@ def in_mid_shard(cluster: Cluster, run: RunDir) -> None:
     cluster.wait_for(lambda: len(run.published()) >= 2 and any(run.staging.iterdir()))
 
 
-def worker_of(run: RunDir, part: str) -> int:
-    """The process that makes a part."""
-    lines = {int(place.parent.name): place.read_bytes() for place in Path("/proc").glob("[0-9]*/cmdline")}
-    (pid,) = [pid for pid, line in lines.items() if {str(run.path).encode(), part.encode()} <= set(line.split(b"\0"))]
-    return pid
-
-
 def test_what_a_job_says_is_in_its_run(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the run is called: sbatch reads quotes, and then signs for numbers, in the name of a log."""
     monkeypatch.setattr(sys, "executable", "/bin/echo")
@@ -82,43 +61,6 @@ def test_what_a_job_says_is_in_its_run(cluster: Cluster, tmp_path: Path, monkeyp
     for job, run in jobs.items():
         assert cluster.wait_ended(job) == {job: "COMPLETED"}
         assert (run / f"finalise-{job}.log").read_text() == f"-m boomgen finalise {run}\n"
-
-
-@pytest.mark.slow
-def test_an_array_makes_the_bytes_of_one_worker(
-    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
-) -> None:
-    run = plan_tiny(tmp_path / "run", **LONG)
-    (array,), closing = submit(run)
-    assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
-    assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED"}
-    whole(run, undisturbed)
-    assert log(run, f"logs/slurm-{array}_1.log").startswith("part 1/2 on n")
-    assert "shards    13 of 13 whole" in log(run, f"finalise-{closing}.log")
-
-
-def test_a_killed_worker_is_told_of_and_made_good(
-    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: Any
-) -> None:
-    """In a run whose name means something to a shell and to SLURM."""
-    run = plan_tiny(tmp_path / "a $(touch x) 'run' 100% %j #1", **LONG)
-    (array,), closing = submit(run)
-    in_mid_shard(cluster, run)
-    os.kill(worker_of(run, "1/2"), signal.SIGKILL)
-    assert cluster.wait_ended(closing) == {closing: "FAILED"}
-    assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "FAILED"}
-    assert cluster.told(f"{array}_1", "ExitCode") == "0:9"
-    assert cluster.told(closing, "ExitCode") == "1:0"
-    missing = run.missing()
-    assert {number % 2 for number in missing} == {1}
-    assert f"boomgen: {len(missing)} of 13 shards are missing" in log(run, f"finalise-{closing}.log")
-    capsys.readouterr()
-    assert main(["slurm", str(run.path), "--array-size", "2"]) == 0
-    assert directives(capsys.readouterr().out)["array"] == "1"
-    (array,), closing = submit(run)
-    assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
-    assert cluster.states(array) == {f"{array}_1": "COMPLETED"}
-    whole(run, undisturbed)
 
 
 @pytest.mark.slow
@@ -164,22 +106,6 @@ def test_the_warning_before_the_end_of_time_requeues(
     assert re.findall(r"^part 0/2 on n\d, start (\d)$", said, re.MULTILINE) == ["1", "2"]
     assert f"stopped ({'SIGTERM' if image else 'SIGUSR1'})" in said
     assert "start 2" not in log(run, f"logs/slurm-{array}_1.log")
-
-
-@pytest.mark.slow
-def test_a_lost_node_s_work_is_done_by_another(
-    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path
-) -> None:
-    run = plan_tiny(tmp_path / "run", **LONG)
-    (array,), closing = submit(run)
-    in_mid_shard(cluster, run)
-    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=lost")
-    try:
-        assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
-    finally:
-        cluster.run("scontrol", "update", "nodename=n2", "state=resume", check=False)
-    whole(run, undisturbed)
-    assert any("start 2" in log(run, f"logs/slurm-{array}_{element}.log") for element in range(2))
 
 
 @pytest.mark.slow

@@ -1,0 +1,233 @@
+"""What every engine has to bear, by the real programs. Each function is a line of the table that is shown at the end.
+
+| scenario | local, Ray | accelerate, torchrun | SLURM |
+|---|---|---|---|
+| worker killed | is replaced | ends the launch | fails its element; the closing job tells |
+| worker hung | is killed and replaced | the other makes its shards | the time limit's warning requeues it |
+| engine lost | its driver; of Ray, a node | the launcher: ranks need none | a node; the other element is requeued |
+"""
+
+import functools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from boomgen import env
+from boomgen.run import RunDir, ranges
+from boomgen.tell import status_text
+from boomgen.verify import verify
+
+from ..conftest import PlanTiny
+from ..finished import finish, made, tree
+from ..test_bytes import LONG
+from .engines import LAUNCHERS, NAMES, Ended, Engine, Going, wait_for
+
+IN_CI = {
+    "identity": NAMES,
+    "worker killed": NAMES,
+    "resumed elsewhere": NAMES,
+    "worker hung": ("local", "ray"),
+    "poison shard": ("local", "ray"),
+    "engine lost": ("local", "ray"),
+    "second finish": ("local", "ray"),
+    "foreign environment": ("local", "ray"),
+}
+"""The cells of `make test`; `make engines` runs all."""
+
+SHARDS = 13
+NAME = "a $(touch x) 'run' 100% %j #1"  # means something to shells and to SLURM
+ELSEWHERE = dict.fromkeys(NAMES, "local") | {"local": "ray"}
+LEFT = dict.fromkeys(NAMES, "killed") | {"local": "lost", "ray": "stopped"}
+"""What leaves a run unfinished."""
+
+Expected = dict[str, tuple[int, str]]  # the exit code, and words
+KILLED: Expected = dict.fromkeys(LAUNCHERS, (1, "Signal 9 (SIGKILL)")) | {
+    "local": (0, "died with exit code -9"),
+    "ray": (0, " died: "),
+    "slurm": (1, f" of {SHARDS} shards are missing"),
+}
+HUNG: Expected = dict.fromkeys(LAUNCHERS, (0, "")) | dict.fromkeys(("local", "ray"), (0, "hung and was killed"))
+HUNG |= {"slurm": (0, "start 2")}
+LOST: Expected = dict.fromkeys(LAUNCHERS, (-signal.SIGKILL, f"{SHARDS} of {SHARDS} whole")) | {
+    "local": (-signal.SIGKILL, ""),
+    "ray": (0, "node was terminated unexpectedly"),
+    "slurm": (0, "start 2"),
+}
+PATIENCE = {"local": ("--patience", 5), "ray": ("--patience", 5), "slurm": ("--time", 3)}
+
+EngineOf = Callable[[str], Engine]
+
+
+def on_each_engine(scenario: str) -> pytest.MarkDecorator:
+    """The same on every engine; those of one process share what they start."""
+    groups = {"local": "ray"}
+    marks = {name: [pytest.mark.xdist_group(groups.get(name, name))] for name in NAMES}
+    slow = {name: [] if name in IN_CI[scenario] else [pytest.mark.slow] for name in NAMES}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=[*marks[name], *slow[name]]) for name in NAMES])
+
+
+class Story(NamedTuple):
+    """A run that something happened to, and that was finished elsewhere if it had ended too early."""
+
+    run: RunDir
+    ended: Ended
+    missing: list[int]
+    told: str  # by `boomgen status`, before it was finished
+
+
+def kill_one(going: Going) -> None:
+    os.kill(going.busy()[-1], signal.SIGKILL)
+
+
+def lose(going: Going) -> None:
+    going.busy()
+    going.lose()
+
+
+def stop(going: Going) -> None:
+    going.busy()
+    going.stop()
+
+
+@pytest.fixture(scope="session")
+def story(engine_of: EngineOf, plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Story]:
+    """Made once for each engine and event: several scenarios look at one run, since starts are what tests cost."""
+
+    @functools.cache
+    def of(name: str, event: str) -> Story:
+        run = plan_tiny(tmp_path_factory.mktemp(name) / NAME, **LONG)
+        going = engine_of(name).start(run)
+        {"killed": kill_one, "lost": lose, "stopped": stop}[event](going)
+        ended, missing, told = going.end(), run.missing(), status_text(run.path)
+        assert going.gone()
+        if missing:
+            engine_of(ELSEWHERE[name]).finish(run)
+        return Story(run, ended, missing, told)
+
+    return of
+
+
+def said(ended: Ended, expected: tuple[int, str]) -> None:
+    code, words = expected
+    assert ended.code == code, ended
+    assert words in ended.out + ended.err
+
+
+@on_each_engine("identity")
+def test_identity(name: str, story: Any, undisturbed: Any) -> None:
+    """The bytes of one worker in one process, although a worker was killed."""
+    run = story(name, "killed").run
+    assert made(run) == undisturbed(**LONG)
+    assert not run.staging.exists()
+    assert not list(verify(RunDir(run.path)))
+
+
+@on_each_engine("worker killed")
+def test_worker_killed(name: str, story: Any) -> None:
+    """SIGKILL in mid-shard. Where there is a driver, it goes on by itself; elsewhere the engine tells and ends."""
+    found = story(name, "killed")
+    said(found.ended, KILLED[name])
+    assert bool(found.missing) == (found.ended.code != 0)
+    if not found.missing:
+        assert found.ended.out == f"{found.told}\n"  # `boomgen status` and nothing of Ray's
+        lines = found.ended.err.splitlines()
+        assert not [line for line in lines if not line.startswith("shard ") and " images, " not in line]
+
+
+@on_each_engine("resumed elsewhere")
+def test_resumed_elsewhere(name: str, story: Any, undisturbed: Any) -> None:
+    """What one engine left unfinished, another finishes, to the same bytes."""
+    found = story(name, LEFT[name])
+    assert 0 < len(found.missing) < SHARDS
+    assert f"{SHARDS - len(found.missing)} of {SHARDS} whole, missing: number {ranges(found.missing)}" in found.told
+    assert "boomgen resume " in found.told
+    assert made(found.run) == undisturbed(**LONG)
+    assert not found.run.staging.exists()
+
+
+@on_each_engine("worker hung")
+def test_worker_hung(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """SIGSTOP in mid-shard: it says nothing any more, and does not hear SIGTERM."""
+    run = plan_tiny(tmp_path / "run", **LONG)
+    going = engine_of(name).start(run, *PATIENCE.get(name, ()), workers=1)
+    stopped = going.busy(workers=1)[-1]
+    os.kill(stopped, signal.SIGSTOP)
+    if name in LAUNCHERS:
+        wait_for(lambda: not run.missing())
+        os.kill(stopped, signal.SIGCONT)
+    ended = going.end()
+    said(ended, HUNG[name])
+    assert going.gone()
+    if ended.code:
+        engine_of(name).finish(run)
+    assert made(run) == undisturbed(**LONG)
+
+
+@on_each_engine("poison shard")
+def test_poison_shard(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    """A shard that always fails is tried three times and named while the rest is made; once its cause is gone, the
+    same command finishes."""
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    run, calm = (plan_tiny(tmp_path / name, dataset=str(folder.parent), shard_size=8) for name in ("run", "calm"))
+    expected = made(finish(calm))
+    (folder / "07.png").rename(tmp_path / "away")
+    ended = engine_of(name).start(run, workers=1).end()
+    (missing,) = run.missing()
+    last = f"boomgen: 1 shards failed 3 times and were set aside; shard {missing}: FileNotFoundError"
+    said(ended, (1, last))
+    assert f"; see boomgen logs {run.path}\n" in ended.out + ended.err
+    assert 3 in [log.read_text().count(f"shard {missing} failed") for log in run.logs.glob("worker-*.log")]
+    assert list(run.staging.iterdir()) == []
+    (tmp_path / "away").rename(folder / "07.png")
+    engine_of(name).finish(run)
+    assert made(run) == expected
+
+
+@on_each_engine("engine lost")
+def test_engine_lost(name: str, story: Any, undisturbed: Any) -> None:
+    """The loss of what no worker is: see the table above."""
+    found = story(name, "lost")
+    said(found.ended, LOST[name])
+    if name == "slurm":
+        assert found.ended.err.count("start 2") == 2
+    assert made(found.run) == undisturbed(**LONG)
+    assert not found.run.staging.exists()
+
+
+@on_each_engine("second finish")
+def test_second_finish(name: str, story: Any, engine_of: EngineOf) -> None:
+    """The same command again: it says in a few lines that all is there, and touches nothing."""
+    run = story(name, "killed").run
+    before = tree(run.path)
+    ended = engine_of(name).start(run).end()
+    said(ended, (0, "nothing to submit" if name == "slurm" else f"{SHARDS} of {SHARDS} whole"))
+    assert ended.err == ""
+    assert len(ended.out.splitlines()) < 12
+    assert tree(run.path) == before
+
+
+@on_each_engine("foreign environment")
+def test_foreign_environment(
+    name: str, engine_of: EngineOf, plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was planned for other software is refused by every worker, in one line that says what differs."""
+    real = env.environment
+    monkeypatch.setattr(env, "environment", lambda device: real(device) | {"torch": "9.9"})
+    run = plan_tiny(tmp_path / "run")
+    monkeypatch.undo()
+    ended = engine_of(name).start(run, workers=1).end()
+    line = f"boomgen: this device is not of the planned class: torch 9.9 (here {torch.__version__}); run on the planned"
+    said(ended, (1, line))
+    assert "boomgen/worker.py" not in ended.out + ended.err  # where a traceback would lead
+    assert not run.published()

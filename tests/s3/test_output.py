@@ -1,0 +1,231 @@
+"""Runs whose outputs go to an object store: the bytes of a run on disk, through faults and kills, and loaders."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import fsspec
+import pytest
+import webdataset
+from webdataset.gopen import gopen_schemes
+
+from boomgen import manifest, places
+from boomgen.cli import main
+from boomgen.errors import BoomgenError
+from boomgen.job import Launch
+from boomgen.prepare import prepare
+from boomgen.run import RunDir
+from boomgen.store import FAILPOINTS
+from boomgen.verify import remake, verify
+from boomgen.worker import Worker
+
+from ..conftest import Complaint, PlanTiny
+from ..finished import command_line, finish, grey, pixel_hash, write_portraits
+from ..scanner import leaks
+from ..test_bytes import AUGMENT
+from ..test_privacy import needles
+from .server import S3
+
+PlanAway = Callable[..., RunDir]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same number of tries, without the waiting."""
+    monkeypatch.setattr(places, "PAUSES", (0.01,) * len(places.PAUSES))
+    monkeypatch.setitem(places.PATIENCE, "read_timeout", 2)
+
+
+@pytest.fixture
+def plan_away(plan_tiny: PlanTiny, tmp_path: Path, secret_file: Path) -> PlanAway:
+    """A tiny run planned for a URL, its folder at tmp_path/run_at_home; the same job's run on disk is tmp_path/here."""
+
+    def plan(url: str, **changes: Any) -> RunDir:
+        job = plan_tiny(tmp_path / "here", **changes).plan.job
+        secret = {"secret_file": str(secret_file)} if job.mode == "anonymize" else {}
+        return prepare(job, Launch(out=url, private_dir=str(tmp_path / "run_at_home"), device="cpu", **secret))
+
+    return plan
+
+
+def held(folder: Any) -> dict[str, bytes]:
+    """Every file below a folder or URL: name -> content."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def same(run: RunDir, here: RunDir) -> None:
+    """Closed, sound, and byte for byte the run on disk; nothing else is in the store."""
+    assert held(run.dataset) == held(here.dataset)
+    assert held(run.manifest) == held(here.manifest)
+    assert not list(verify(run))
+    assert run.plan.store
+    others = {name for name in held(run.dataset.parent) if not name.startswith("dataset/")}
+    assert others == {"plan.sha256", *(f"shards/{n:05d}/done.json" for n in range(run.plan.shards))}
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param({}, id="anonymize"),
+        pytest.param({"linkage": "none"}, id="none"),
+        pytest.param(AUGMENT, id="augment"),
+    ],
+)
+def test_a_run_in_a_store_is_the_run_on_disk(
+    s3: S3, plan_away: PlanAway, tmp_path: Path, job: Any, capsys: Any
+) -> None:
+    """Data set and manifest, byte for byte; closing it again changes nothing; rows are made again from it."""
+    url = "memory://bucket/a run" if job is AUGMENT else f"{s3.url}/a run"
+    run = finish(plan_away(url, **job))
+    same(run, finish(RunDir(tmp_path / "here")))
+    before = held(run.dataset.parent) | held(run.path)
+    assert main(["finalise", str(run.path)]) == 0
+    assert held(run.dataset.parent) | held(run.path) == before
+    assert f"data set  {url}/dataset\n" in capsys.readouterr().out
+    if job != {"linkage": "none"}:
+        assert not list(remake(run, 3))
+
+
+def test_nothing_in_the_store_tells_of_a_private_run_s_sources(s3: S3, plan_away: PlanAway, tmp_path: Path) -> None:
+    """But for the plan's hash, by which a done record says where it belongs."""
+    source = write_portraits(tmp_path / "saint_mary_hospital")
+    run = finish(plan_away(f"{s3.url}/away", dataset=str(source)))
+    s3.behind.get(s3.bucket, str(tmp_path / "copy"), recursive=True)
+    found = leaks(tmp_path / "copy", needles(run))
+    assert {needle for _, needle in found} == {bytes.fromhex(run.plan_sha256)}
+    assert not [place for place, _ in found if "dataset/" in place]
+
+
+# Kills, stops, faults ----------------------------------------------------------------------------------------------
+
+
+KILLED = """
+import os, sys
+from boomgen.run import RunDir
+from boomgen.worker import Worker
+for number, moment in enumerate(sys.argv[2:]):
+    if os.fork() == 0:
+        os.environ["BOOMGEN_FAILPOINT"] = f"{moment}:{number}"
+        Worker(RunDir(sys.argv[1])).make_shard(number)
+        os._exit(9)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+"""Forks of a process that never had a connection: connections and forks do not go together."""
+
+
+def test_killed_at_every_moment(s3: S3, plan_away: PlanAway, tmp_path: Path) -> None:
+    """The shard is whole only once its record is put; whoever comes next makes the same. So do two that make one shard
+    at the same time."""
+    run = plan_away(f"{s3.url}/run")
+    command = [sys.executable, "-c", KILLED, str(run.path), *FAILPOINTS]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True)
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(FAILPOINTS), done.stderr
+    assert run.published() == {FAILPOINTS.index("record-put")}
+    one, others = Worker(run), [Worker(RunDir(run.path))]
+    one.make_shard(6, lambda rows: others and others.pop().make_shard(6) and None)
+    for number in run.missing():
+        one.make_shard(number)
+    assert main(["finalise", str(run.path)]) == 0
+    same(RunDir(run.path), finish(RunDir(tmp_path / "here")))
+
+
+FAULTS = [
+    ("lost", "PUT", "plan.sha256"),
+    ("503", "PUT", "shards/00000/"),  # the tar is the first to be put there
+    ("cut", "PUT", "shards/00001/"),
+    ("lost", "PUT", "shards/00002/"),
+    ("500", "PUT", "00003/done.json"),
+    ("cut", "PUT", "00004/done.json"),
+    ("lost", "PUT", "00005/done.json"),
+    ("hang", "PUT", "00006/done.json"),
+    ("503", "GET", "list-type"),
+    ("lost", "PUT", "dataset/data"),
+    ("500", "PUT", "README.md"),
+    ("lost", "POST", "delete"),
+]
+
+
+def test_faults_that_pass_are_not_seen(s3: S3, plan_away: PlanAway, tmp_path: Path, tell: Any) -> None:
+    """Each kind, twice in a row, at each kind of request; 'lost' is carried out and its answer is cut."""
+    for kind, method, path in FAULTS:
+        s3.fault(kind, 2, method, path)
+    run = finish(plan_away(f"{s3.url}/run"))
+    assert [fault.met for fault in s3.faults] == [2] * len(FAULTS)
+    same(run, finish(RunDir(tmp_path / "here")))
+    tell(f"object store: {sum(s3.met.values())} faults of {len(s3.met)} kinds injected and outlasted: {dict(s3.met)}")
+
+
+def test_a_store_that_stays_away_stops_the_run_with_one_line(
+    s3: S3, plan_away: PlanAway, tmp_path: Path, boomgen: Any
+) -> None:
+    """A worker of its own process is refused, one here asks five times; the run goes on when the store is back."""
+    run = plan_away(f"{s3.url}/run", limit=32)
+    record = f"{s3.url}/run/shards/00000/done.json"
+    fault = s3.fault("403", 10**6, "PUT", "done.json")
+    done = boomgen("resume", run.path, "--device", "cpu", "--workers", 1, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (
+        f"boomgen: {record}: Access Denied; expected credentials that may use it, in AWS_PROFILE, AWS_ACCESS_KEY_ID "
+        "and AWS_SECRET_ACCESS_KEY or ~/.aws (FSSPEC_S3_ANON=true for a public bucket); then go on with: "
+        f"boomgen resume {run.path}"
+    )
+    assert "Traceback" not in done.stderr
+    assert fault.met == 1
+    fault.kind, fault.met = "503", 0
+    with pytest.raises(BoomgenError) as stopped:
+        Worker(run).make_shard(0)
+    assert str(stopped.value) == (
+        f"{record}: Please reduce your request rate; expected an answer: check network and AWS_ENDPOINT_URL, or wait; "
+        f"then go on with: boomgen resume {run.path}"
+    )
+    assert fault.met == 5
+    assert not list(run.staging.iterdir())
+    s3.faults.clear()
+    same(finish(run), finish(RunDir(tmp_path / "here")))
+
+
+# Wrong use ---------------------------------------------------------------------------------------------------------
+
+
+def test_another_run_s_place_is_refused(s3: S3, plan_away: PlanAway, complaint: Complaint, tmp_path: Path) -> None:
+    run = plan_away(f"{s3.url}/run")
+    line = command_line(run.plan.job, tmp_path / "-", verb="anonymize")
+    line[line.index("--out") + 1] = run.plan.store
+    said = complaint(*line, "--private-dir", tmp_path / "other")
+    assert said == f"{s3.url}/run holds another run; use another --out, or the --private-dir of that run"
+    line[line.index("--out") + 1] = f"{s3.url}/elsewhere"
+    said = complaint(*line, "--private-dir", run.path)
+    assert said == (
+        f"{run.path} was planned with out {s3.url}/run (now {s3.url}/elsewhere); use another --out, or boomgen resume "
+        f"{run.path}"
+    )
+    line[line.index("--out") + 1] = "s3://no-such-bucket/run"
+    said = complaint(*line, "--private-dir", tmp_path / "other", code=1)
+    assert said == "s3://no-such-bucket/run: The specified bucket does not exist"
+    line[line.index("--out") + 1] = tmp_path / "disk"
+    said = complaint(*line, "--private-dir", tmp_path / "other")
+    assert said.endswith("value error, is for an --out that is a URL; another --out is private itself")
+
+
+# What reads it -----------------------------------------------------------------------------------------------------
+
+
+def test_loaders_read_it(s3: S3, plan_away: PlanAway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As the docs tell: `datasets` by its tars' URL, webdataset by a handler of two lines."""
+    run = finish(plan_away(f"{s3.url}/run"))
+    expected = {row["key"]: row["pixel_sha256"] for row in manifest.read(run.manifest).to_pylist()}
+    tars = f"{run.dataset}/data/train-*.tar"
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    rows = datasets.load_dataset(
+        "webdataset", data_files={"train": tars}, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert {row["__key__"]: pixel_hash(grey(row["png"])[..., None]) for row in rows} == expected
+    monkeypatch.setitem(gopen_schemes, "s3", lambda url, mode, size: fsspec.open(url, mode).open())
+    names = f"{run.dataset}/data/train-{{00000..00006}}-of-00007.tar"
+    stream = webdataset.WebDataset(names, shardshuffle=False).decode("pil")
+    assert {row["__key__"]: pixel_hash(grey(row["png"])[..., None]) for row in stream} == expected
