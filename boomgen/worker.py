@@ -24,12 +24,14 @@ from boomgen.models.denoiser import Pixels as PixelCoder
 from boomgen.models.latents import Latents
 from boomgen.models.network import NetworkCall, build, load_compiled
 from boomgen.noise import Stream, normal
+from boomgen.places import is_url
 from boomgen.plan import PlannedRow, label_of, pass_fields, planned_rows
 from boomgen.run import RunDir
 from boomgen.samplers import sampler_of
 from boomgen.shard import ShardWriter, sha256_file
 from boomgen.sources.base import NO_LABEL, RawImage
 
+READS = 16  # at once, of a source at a URL
 Tick = Callable[[int], None]
 """Called after every batch with the number of its rows; may raise to drop the shard."""
 
@@ -92,6 +94,8 @@ class Worker:
         network, device = self.plan.network, self.device
         self.encode = conditions.text_encoder(self.plan.model, network.dtype, device) if network.template else None
         self.pool = ThreadPoolExecutor(max_workers=3, thread_name_prefix="boomgen")
+        away = is_url(self.plan.source.location)  # what takes time there is the way
+        self._each = ThreadPoolExecutor(READS, thread_name_prefix="boomgen-read").map if away else map
         self.spent = Clock().spent  # of the shard in hand
 
     def _denoiser(self) -> Denoiser:
@@ -167,7 +171,7 @@ class Worker:
         return self._encode(loaded, clock.timed("infer", self.sample, loaded))
 
     def load(self, rows: Sequence[PlannedRow]) -> list[Loaded]:
-        return [self._load_row(row) for row in rows]
+        return list(self._each(self._load_row, rows))
 
     def _load_row(self, row: PlannedRow) -> Loaded:
         loaded = Loaded(row)

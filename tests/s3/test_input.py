@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from boomgen.job import Job
 from boomgen.prepare import resolve
 from boomgen.run import RunDir
 from boomgen.sources import Planned, open_source
+from boomgen.worker import Worker
 
 from ..conftest import Complaint, PlanTiny
 from ..finished import finish, in_ranks, made
@@ -245,3 +247,16 @@ def test_servers_that_refuse_or_are_not_there(
         "expected an answer: check network and AWS_ENDPOINT_URL, or wait; mend that and give the same command again"
     )
     S3FileSystem.clear_instance_cache()
+
+
+def test_images_are_asked_for_side_by_side(
+    tmp_path: Path, memory: Upload, plan_tiny: PlanTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each read here waits for another one to begin."""
+    (tmp_path / "set").mkdir()
+    worker = Worker(plan_tiny(tmp_path / "run", dataset=memory(tars(tmp_path / "set"))))
+    meeting, read = Barrier(2, timeout=20), worker.source.read
+    monkeypatch.setattr(worker.source, "read", lambda row: (meeting.wait(), read(row))[1])
+    rows = worker.batches(0)[0]
+    assert [loaded.row for loaded in worker.load(rows)] == rows
+    assert not meeting.broken
