@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ def _text(run: "RunDir", look: "Look") -> str:
         lines |= {"now": line(look)}
     if found.finalised:
         lines |= {"data set": str(run.dataset), "manifest": str(run.manifest)}
-    lines |= {"next": f"boomgen {_next(found)}".replace("RUN", str(path))}
+    lines |= {"next": f"boomgen {_next(found)}".replace("RUN", shlex.quote(str(path)))}
     if found.finalised and run.plan.job.linkage == "private":
         rest = "" if run.plan.store else " but dataset/"
         lines |= {"private": f"everything in {path}{rest} links outputs to people; share only {run.dataset}"}

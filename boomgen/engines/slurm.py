@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 MAX_ARRAY_SIZE = 1001
 """SLURM's own default: an array's ids are less than this."""
 
+WARNING = 120
+"""Seconds before the time limit, as in the template: a worker drops its batch then, and is requeued."""
+
 _NAMES = r"[\w.+@-]+(,[\w.+@-]+)*"
 _FORMS = {
     "time": (
@@ -63,6 +66,13 @@ class SlurmOptions(BaseModel):
             raise ValueError(f"expected {expected}")
         return value
 
+    @field_validator("time")
+    @classmethod
+    def _beyond_the_warning(cls, value: str | None) -> str | None:
+        if value is not None and 0 < _seconds(value) <= WARNING:  # 0 is no limit
+            raise ValueError(f"expected more than {WARNING // 60} minutes, since so long before it workers are warned")
+        return value
+
     @field_validator("container")
     @classmethod
     def _there(cls, value: str | None) -> str | None:
@@ -71,6 +81,14 @@ class SlurmOptions(BaseModel):
         if not Path(value).exists():
             raise ValueError("no such image; expected a file, or an address such as docker://owner/name")
         return str(Path(value).resolve())
+
+
+def _seconds(limit: str) -> int:
+    """A time limit, as sbatch reads it."""
+    days, dash, rest = limit.rpartition("-")
+    parts = [int(part) for part in rest.split(":")]
+    hours = parts if dash or len(parts) == 3 else [0, *parts]
+    return sum(part * unit for part, unit in zip([int(days or 0), *hours], (86400, 3600, 60, 1), strict=False))
 
 
 class Scripts(NamedTuple):
@@ -102,7 +120,11 @@ def scripts(
     for offset in range(0, parts, largest):
         if chosen := [number - offset for number in ids if offset <= number < offset + largest]:
             asked = _directives(run, "logs/slurm-%A_%a.log", options, array=ranges(chosen), gres=gres)
-            arrays.append(_template("array.sbatch").format(directives=asked, parts=parts, offset=offset, start=start))
+            arrays.append(
+                _template("array.sbatch").format(
+                    directives=asked, parts=parts, offset=offset, warning=WARNING, start=start
+                )
+            )
     asked = _directives(run, "finalise-%j.log", options.model_copy(update={"cpus_per_task": 1}))
     return Scripts(
         arrays, _template("finalise.sbatch").format(directives=asked, command=f"{boomgen} finalise {_quoted(run)}")

@@ -108,11 +108,20 @@ def test_what_is_asked_is_written(asked: dict[str, Any], written: dict[str, str]
     assert shared.items() <= directives(closing).items()
 
 
+TOO_SHORT = "expected more than 2 minutes, since so long before it workers are warned"
+
+
+@pytest.mark.parametrize("limit", ["0", "3", "2:01", "0:02:01", "0-1", "1-0:00", "0-0:03", "0-0:02:01"])
+def test_longer_limits_and_none_are_taken(limit: str) -> None:
+    assert SlurmOptions(time=limit).time == limit
+
+
 @pytest.mark.parametrize(
     ("option", "value", "why"),
     [
         ("time", "abc", "expected minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
         ("time", "1:2:3", "expected minutes, hours:minutes:seconds or days-hours:minutes:seconds"),
+        *[("time", limit, TOO_SHORT) for limit in ("1", "2", "1:59", "0:02:00", "0-0:02")],
         ("partition", "a b", "expected a partition's name, or several with commas between them"),
         ("account", "a\n#SBATCH --wrap=x", "expected an account's name"),
         ("gres", "gpu one", "expected devices such as gpu:1 or gpu:a100:1, or none"),
