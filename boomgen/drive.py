@@ -17,10 +17,10 @@ from boomgen.engines.ray import RayEngine
 from boomgen.engines.slurm import requeue
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import finalise
+from boomgen.heartbeat import bury
 from boomgen.job import Job, Launch
 from boomgen.prepare import await_plan, prepare
 from boomgen.progress import bar, say_terms, show
-from boomgen.report import bury
 from boomgen.run import RunDir, Status
 
 

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from boomgen.engines.handout import STRAGGLES, WORTH, Event
 from boomgen.errors import BoomgenError
+from boomgen.heartbeat import NONE, Heard, Word, note, words
 from boomgen.plan import Plan, terms
-from boomgen.report import NONE, Heard, Word, note, words
 from boomgen.run import RunDir, Status, ranges
 from boomgen.untrusted import printable
 

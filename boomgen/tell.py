@@ -93,7 +93,7 @@ def _workers(look: "Look") -> Iterator[tuple[str, ...]]:
 
 def log_lines(run: "RunDir", failed: bool) -> Iterator[str]:
     """What the workers said; failed: one line for each row that failed, and for each attempt at a shard."""
-    from boomgen.report import epitaph, words
+    from boomgen.heartbeat import epitaph, words
 
     if failed:
         yield from run.failures()

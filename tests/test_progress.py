@@ -11,12 +11,12 @@ from typing import Any, cast
 
 import pytest
 
-from boomgen import progress, report, tell
+from boomgen import heartbeat, progress, tell
 from boomgen.cli import main
 from boomgen.engines.handout import Event
 from boomgen.engines.local import _serve_shard
+from boomgen.heartbeat import Telling, bury
 from boomgen.progress import Look, line, look
-from boomgen.report import Telling, bury
 from boomgen.run import RunDir, Status
 from boomgen.worker import Worker
 
@@ -53,13 +53,13 @@ def say(run: RunDir) -> Say:
 def clock(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """This machine's clock beside the disk's."""
     early = {"an hour early": -3600.0, "an hour late": 3600.0}.get(request.param, 0.0)
-    monkeypatch.setattr(report, "time", SimpleNamespace(time=lambda: time.time() + early))
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(time=lambda: time.time() + early))
     if request.param == "may not write":
 
         def refused(dir: Path) -> None:
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr(report.tempfile, "TemporaryFile", refused)
+        monkeypatch.setattr(heartbeat.tempfile, "TemporaryFile", refused)
 
 
 def states(found: Look) -> dict[int, str]:
@@ -94,7 +94,7 @@ def test_a_look_counts_halves_and_names_who_straggles_or_is_silent(clock: None, 
     assert told["workers"][3] | {"silence": 90} == {
         **{"worker": 3, "host": "far", "pid": 2**30, "device": "cpu", "batch": 5, "up": 100, "shards": 0},
         **{"shard": 6, "made": 8, "rows": 20, "state": "silent", "rate": 0.2, "silence": 90},
-        **{"seconds": report.NONE, "spent": report.NONE, "held": told["workers"][3]["held"]},
+        **{"seconds": heartbeat.NONE, "spent": heartbeat.NONE, "held": told["workers"][3]["held"]},
     }
 
 
@@ -135,7 +135,7 @@ class Made:
 def test_a_worker_says_how_far_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not at every tick; what it made of a shard that failed is taken back; in the end nothing is left of it."""
     now = iter(range(10**6))
-    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: next(now) * 0.4))
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: next(now) * 0.4))
     made = Made(run)
     worker = Telling(made, 3)
     worker.make_shard(0, lambda rows: None)
@@ -143,7 +143,7 @@ def test_a_worker_says_how_far_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatc
     assert made.seen[2]["spent"] == HALF
     with pytest.raises(OSError, match="Input/output"):
         worker.make_shard(9, lambda rows: None)
-    (said,) = report.words(run)
+    (said,) = heartbeat.words(run)
     assert (said.word.shards, said.word.rows, said.word.seconds, said.word.shard) == (1, 24, HALF, None)
     assert not said.gone
     worker.close()
@@ -162,7 +162,7 @@ def test_dead_workers_are_written_down_once(
     run: RunDir, say: Say, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One of this machine at once, one of another after its silence; of whole shards nobody needs to hear."""
-    here = report.socket.gethostname()
+    here = heartbeat.socket.gethostname()
     paths = [say(0, 1, here, shard=4), say(1, 90, shard=5), say(2, 90, shard=0), say(3, 90), say(4, 1, shard=6)]
     where = f"worker 0 (process {2**30} of {here}) has not been heard of for 1 s"
     assert next(tell.log_lines(cast(RunDir, SimpleNamespace(**vars(run), failures=list)), failed=True)) == (

@@ -22,7 +22,7 @@ from typing import IO, Any
 from boomgen import env
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
-from boomgen.report import Telling, forget
+from boomgen.heartbeat import Telling, forget
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
 

@@ -16,7 +16,7 @@ from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
 from boomgen.engines.local import make_logged, write_log
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.report import BATCHES, SILENT, Telling, bury
+from boomgen.heartbeat import BATCHES, SILENT, Telling, bury
 from boomgen.run import RunDir
 
 LAUNCHERS = (

@@ -22,7 +22,7 @@ from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
 from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
-from boomgen.report import Telling, forget
+from boomgen.heartbeat import Telling, forget
 from boomgen.run import RunDir
 
 NOISE = "ray.out"
