@@ -248,6 +248,15 @@ def names(folder: Place) -> list[str]:
         return []
 
 
+def walk(folder: Place) -> list[Place]:
+    """All files below a folder, sorted by name."""
+    if isinstance(folder, Path):
+        return sorted(path for path in folder.rglob("*") if path.is_file())
+    base = f"{folder.path.rstrip('/')}/"
+    found: list[str] = insist(lambda: list(files(folder).find(folder.path)), folder)
+    return [folder / name.removeprefix(base) for name in sorted(found)]
+
+
 def read(where: Place, start: int, size: int) -> bytes:
     """Up to `size` bytes from `start`, fewer where the file ends before; one request at a URL."""
     if isinstance(where, Path):

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from boomgen import keys, manifest
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index
-from boomgen.places import Place
+from boomgen.places import Place, exists
 from boomgen.plan import Plan, read_plan
 from boomgen.shard import DONE, sha256_file, unseal
 from boomgen.store import CARD, CLOSING, Bucket, Folder, open_store
@@ -198,7 +198,7 @@ class RunDir:
             missing=sorted(set(range(self.plan.shards)) - whole),
             ok=sum(ok for ok, *_ in counts),
             failed=dict(failed),
-            finalised=(self.dataset / CARD).exists(),
+            finalised=exists(self.dataset / CARD),
             seconds={name: round(sum(spent[name] for *_, spent in counts), 3) for name in KINDS},
             usual=median(spent["total"] for *_, spent in counts) if counts else None,
         )

@@ -21,7 +21,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from boomgen.places import Place
+from boomgen.places import Place, opened
 from boomgen.untrusted import read_json
 
 TAR, PART, DONE = "data.tar", "manifest.parquet", "done.json"
@@ -59,7 +59,7 @@ def unseal(data: bytes) -> dict[str, Any]:
 
 def sha256_file(path: Place) -> str:
     """The hash of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
+    with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 

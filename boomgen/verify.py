@@ -12,7 +12,7 @@ from pathlib import Path
 from boomgen import manifest
 from boomgen.errors import BoomgenError
 from boomgen.finalise import dataset_files, dataset_names, manifest_links
-from boomgen.places import Place
+from boomgen.places import Place, exists, names, opened, walk
 from boomgen.run import RunDir
 from boomgen.shard import DONE, PART, TAR, sha256_file, unseal
 
@@ -65,15 +65,15 @@ def _shard(run: RunDir, number: int) -> Iterator[str]:
     sound = True
     files = {PART: run.store.part(number), TAR: run.store.tar(number)}
     for name, path in files.items():
-        known = record["files"][name]
-        if not path.exists() or path.stat().st_size != known["bytes"] or sha256_file(path) != known["sha256"]:
+        if not exists(path) or sha256_file(path) != record["files"][name]["sha256"]:
             yield f"{path} differs from its done record; remove {folder} and go on with: boomgen resume {run.path}"
             sound = False
-    if (folder / DONE).read_bytes() != run.store.record(number):
+    with opened(folder / DONE) as file:
+        same = file.read() == run.store.record(number)
+    if not same:
         yield f"{folder / DONE} is not the record of {run.path}; remove {folder}, then: boomgen resume {run.path}"
-    ours = {str(path) for path in (*files.values(), folder / DONE)}
-    for name in sorted(set(map(str, folder.iterdir())) - ours):
-        yield f"{name} is not of this shard; remove it"
+    for name in sorted(set(names(folder)) - {DONE, *(path.name for path in files.values())}):
+        yield f"{folder / name} is not of this shard; remove it"
     if sound:
         yield from _rows(run, number)
 
@@ -95,7 +95,7 @@ def _rows(run: RunDir, number: int) -> Iterator[str]:
 def _samples(path: Place) -> dict[str, dict[str, bytes]]:
     """The samples of a tar: key -> extension -> content."""
     samples: dict[str, dict[str, bytes]] = {}
-    with path.open("rb") as file, tarfile.open(fileobj=file) as tar:
+    with opened(path) as file, tarfile.open(fileobj=file) as tar:
         for member in tar:
             key, _, extension = member.name.partition(".")
             samples.setdefault(key, {})[extension] = (tar.extractfile(member) or io.BytesIO()).read()
@@ -117,14 +117,14 @@ def _folder(folder: Place, links: Mapping[str, Place], texts: dict[str, str]) ->
     """What finalise placed is what the shards hold, and there is nothing else."""
     for name, origin in links.items():
         path = folder / name
-        if not path.exists() or not origin.exists() or not _same(path, origin):
+        if not exists(path) or not exists(origin) or not _same(path, origin):
             yield f"{path} is not that of its shard; remove {folder} and finalise again"
     for name, known in texts.items():
         path = folder / name
-        if not path.exists() or sha256_file(path) != known:
+        if not exists(path) or sha256_file(path) != known:
             yield f"{path} is not what was written; remove {folder} and finalise again"
-    ours = {str(folder / name) for name in links.keys() | texts.keys()}
-    for path in sorted((path for path in folder.rglob("*") if str(path) not in ours and path.is_file()), key=str):
+    ours = {folder / name for name in links.keys() | texts.keys()}
+    for path in (path for path in walk(folder) if path not in ours):
         yield f"{path} was not put there by boomgen; remove it"
 
 

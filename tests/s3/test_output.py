@@ -189,6 +189,25 @@ def test_a_store_that_stays_away_stops_the_run_with_one_line(
     same(finish(run), finish(RunDir(tmp_path / "here")))
 
 
+def test_damage_in_the_store_is_named(s3: S3, plan_away: PlanAway) -> None:
+    """Though its server fails once; a lost record makes its shard missing."""
+    run = finish(plan_away(f"{s3.url}/run", limit=32))
+    root, tar = f"{s3.bucket}/run", "dataset/data/train-00001-of-00002.tar"
+    data = bytearray(s3.behind.cat_file(f"{root}/{tar}"))
+    data[700] ^= 1
+    s3.behind.pipe_file(f"{root}/{tar}", bytes(data))
+    s3.behind.pipe_file(f"{root}/dataset/odd", b"x")
+    s3.behind.rm_file(f"{root}/shards/00000/done.json")
+    s3.fault("cut", 1, "GET", "train-00001")
+    away, resume = f"{s3.url}/run", f"boomgen resume {run.path}"
+    assert list(verify(RunDir(run.path))) == [
+        f"{away}/shards/00000 is missing; go on with: {resume}",
+        f"{away}/{tar} differs from its done record; remove {away}/shards/00001 and go on with: {resume}",
+        f"{away}/dataset/odd was not put there by boomgen; remove it",
+    ]
+    assert s3.met == {"cut": 1}
+
+
 # Wrong use ---------------------------------------------------------------------------------------------------------
 
 
