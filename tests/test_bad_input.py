@@ -251,7 +251,6 @@ def usual(place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, 
     return root, done.stdout
 
 
-@pytest.mark.xdist_group("machines")  # the usual run is made once
 @pytest.mark.parametrize(
     "odd",
     [

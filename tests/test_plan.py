@@ -228,7 +228,6 @@ def compiled(plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> A
     return plan_tiny(tmp_path_factory.mktemp("compiled") / "run", compile="yes")
 
 
-@pytest.mark.xdist_group("compiled")  # once
 def test_the_compiled_network_is_the_network(compiled: Any) -> None:
     plan = compiled.plan
     inputs = example_inputs(plan.model, plan.network.batch_size, of_classes(plan.model, None))
@@ -239,7 +238,6 @@ def test_the_compiled_network_is_the_network(compiled: Any) -> None:
         torch.testing.assert_close(load_compiled(compiled.package)(*inputs), eager, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.xdist_group("compiled")
 def test_a_worker_with_a_package_needs_no_diffusers(compiled: Any) -> None:
     code = (
         "import sys; from boomgen.run import RunDir; from boomgen.worker import Worker;"
@@ -249,7 +247,6 @@ def test_a_worker_with_a_package_needs_no_diffusers(compiled: Any) -> None:
     assert done.stdout == "False\n"
 
 
-@pytest.mark.xdist_group("compiled")
 def test_another_package_is_refused(compiled: Any) -> None:
     good = compiled.package.read_bytes()
     compiled.package.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))

@@ -37,8 +37,6 @@ from boomgen.shard import PART
 from boomgen.worker import Worker
 from tests.conftest import write_idx
 
-pytestmark = pytest.mark.xdist_group("real-model")  # one process, so that the classifier is trained once
-
 KNOWN_AGREEMENT = 0.902  # README of the model, t_boom = 0.4, 1,000 test images
 BATCH = 128
 

@@ -67,11 +67,9 @@ EngineOf = Callable[[str], Engine]
 
 
 def on_each_engine(scenario: str) -> pytest.MarkDecorator:
-    """The same on every engine; those of one process share what they start."""
-    groups = {"local": "ray"}
-    marks = {name: [pytest.mark.xdist_group(groups.get(name, name))] for name in NAMES}
-    slow = {name: [] if name in IN_CI[scenario] else [pytest.mark.slow] for name in NAMES}
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=[*marks[name], *slow[name]]) for name in NAMES])
+    """The same on every engine."""
+    marks = {name: () if name in IN_CI[scenario] else (pytest.mark.slow,) for name in NAMES}
+    return pytest.mark.parametrize("name", [pytest.param(name, marks=marks[name]) for name in NAMES])
 
 
 class Story(NamedTuple):

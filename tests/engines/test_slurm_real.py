@@ -19,7 +19,6 @@ from .engines import Slurm
 from .slurm_cluster import Cluster
 from .test_slurm import HOSTILE, texts
 
-pytestmark = pytest.mark.xdist_group("slurm")
 Submit = Callable[..., tuple[list[str], str]]
 
 
