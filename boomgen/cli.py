@@ -264,7 +264,7 @@ def _first_hour(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     examples = (MADE, "--dataset fashion-sample --limit 16 --t-boom 20/50 --device cpu --workers 1 --out runs/second")
     making = command("anonymize", anonymize, "make a Boomerang version of every image, links kept private", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
-    telling = on_run("status", status, "how far a run is, and how to go on", "", "--watch", "--json")
+    telling = on_run("status", status, "how far a run is, and how to go on", "", "--watch")
     telling.add_argument("--json", action="store_true", help="for programs")
     telling.add_argument("--watch", action="store_true", help="look again every 2 s, until all shards are whole")
     checking = on_run("verify", verify, "hash everything again, and make some rows again", "", "--remake 5")
