@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from s3fs import S3FileSystem
 
 from boomgen import cli, env
 
@@ -100,6 +101,7 @@ def test_every_command_of_the_docs_runs(
     with serving() if page == "stores.md" else contextlib.nullcontext() as s3:
         if s3:
             s3.behind.mkdir("bucket")
+            S3FileSystem.clear_instance_cache()  # of an earlier test's server
             for name, value in s3.environ.items():
                 monkeypatch.setenv(name, value)
         _run_commands(blocks()[page], capsys)
