@@ -10,13 +10,13 @@ demo: .venv/ready
 	$(BIN)/boomgen sweep --dataset fashion-sample --levels 0.2,0.4,0.6,0.8 --out runs/demo/picture.png
 
 test: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 slow: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile -m slow
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 engines: .venv/ready
-	$(BIN)/pytest -n 2 --dist loadfile tests/engines
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/engines
 
 soak: .venv/ready
 	$(BIN)/python -m tests.engines.soak --kills $(KILLS)
