@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 from boomgen import __version__, catalog, choose, env, hub, index, keys, models, places
 from boomgen.errors import UsageError
 from boomgen.job import ENHANCE, Job, Launch
-from boomgen.places import place
 from boomgen.plan import Plan, SourcePlan, differing, t_boom_of
 from boomgen.run import RunDir
 from boomgen.shard import sha256_file, write_durable
@@ -136,7 +135,7 @@ def default_out(job: Job) -> Path:
 
 
 def _out(resolved: Resolved, launch: Launch) -> Path:
-    there = place(launch.out) if launch.out else None
+    there = places.place(launch.out) if launch.out else None
     if isinstance(there, Path):
         return there
     return Path(launch.private_dir) if launch.private_dir else default_out(resolved.job)
@@ -144,7 +143,7 @@ def _out(resolved: Resolved, launch: Launch) -> Path:
 
 def _store(launch: Launch) -> str | None:
     """The object store that the outputs go to."""
-    there = place(launch.out) if launch.out else None
+    there = places.place(launch.out) if launch.out else None
     return None if there is None or isinstance(there, Path) else str(there)
 
 

@@ -144,6 +144,7 @@ class Bucket:
     def __init__(self, url: str, run: Path) -> None:
         self.url, self.run = UPath(place(url)), run
         self.dataset, self._fs = self.url / "dataset", files(self.url)
+        self._placed = dict[int, str]()  # known once the run is closed
 
     def whole(self) -> set[int]:
         with self._reached():
@@ -167,8 +168,10 @@ class Bucket:
         return self._private(number) / f"{self._hash(number, PART)}.parquet"
 
     def tar(self, number: int) -> UPath:
-        name = placed(self.run).get(number)
-        return self.dataset / name if name and self.closed() else self._tar(number)
+        if not self._placed and (names := placed(self.run)) and self.closed():
+            self._placed = names
+        name = self._placed.get(number)
+        return self.dataset / name if name else self._tar(number)
 
     def publish(self, shard: ShardWriter) -> bool:
         data, number = (shard.folder / DONE).read_bytes(), shard.number

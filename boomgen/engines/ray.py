@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from boomgen.engines.handout import Event, HandOut, set_aside
-from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, write_log
+from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, gist, write_log
 from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
 from boomgen.heartbeat import Telling, forget
@@ -233,6 +233,5 @@ class RayEngine:
 def _cause(err: Exception) -> str:
     """The gist of one of Ray's many lines: what a call raised, or the first sentence on how an actor died."""
     raised = getattr(err, "cause", None)
-    lines = str(raised or err).splitlines() or [""]
-    gist = f"{type(raised).__name__}: {lines[0]}" if raised else lines[-1].strip().partition(". ")[0].rstrip(".")
-    return f"died: {gist}"
+    lines = str(err).splitlines() or [""]
+    return f"died: {gist(raised) if raised else lines[-1].strip().partition('. ')[0].rstrip('.')}"
