@@ -42,23 +42,19 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "venv/bin"
 
 
-def test_the_wheel_does_the_job_outside_the_checkout(installed: Path, tmp_path: Path) -> None:
-    found = subprocess.run(
-        [installed / "python", "-c", "import boomgen; print(boomgen.__file__)"],
-        check=True,
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    ).stdout
+def test_the_wheel_does_the_job_outside_the_checkout(
+    installed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+
+    def said(program: str, *args: str) -> str:
+        return subprocess.run([installed / program, *args], check=True, capture_output=True, text=True).stdout
+
+    found = said("python", "-c", "import boomgen; print(boomgen.__file__)")
     assert Path(found.strip()).is_relative_to(installed.parent)
     small = ["--limit", "16", "--steps", "10", "--batch-size", "8", "--device", "cpu", "--workers", "1", "--out", "run"]
-    subprocess.run([installed / "boomgen", "run", "quickstart", *small], check=True, capture_output=True, cwd=tmp_path)
-    done = subprocess.run(
-        [installed / "boomgen", "verify", "run"], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert done.stdout == "run is sound: 2 shards, 16 rows\n"
+    said("boomgen", "run", "quickstart", *small)
+    assert said("boomgen", "verify", "run") == "run is sound: 2 shards, 16 rows\n"
     shutil.rmtree(tmp_path / "run/shards/00001")
-    done = subprocess.run(
-        [installed / "boomgen", "slurm", "run"], check=True, capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "#SBATCH --array=1\n" in done.stdout
+    assert "#SBATCH --array=1\n" in said("boomgen", "slurm", "run")

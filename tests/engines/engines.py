@@ -9,7 +9,6 @@ can lose, and go on.
 """
 
 import contextlib
-import os
 import shutil
 import sys
 import tempfile
@@ -19,14 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-
 from boomgen.run import RunDir
 
 from ..driver import Driver, users_of
 from .slurm_cluster import NODES, Cluster, slurm_cluster
 
-ROOT = Path(__file__).parents[2]
 LAUNCHERS = {
     "torchrun": "torch.distributed.run --nproc-per-node 2 --master-port 0",
     "accelerate": "accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no "
@@ -201,15 +197,12 @@ def ray_cluster(node: dict[str, int]) -> Iterator[Any]:
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
     first = {"include_dashboard": False, "temp_dir": short, "node_ip_address": "127.0.0.2"}
     first["_system_config"] = health | {"health_check_failure_threshold": 3}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", path)  # actors start in folders of Ray's
-        cluster = RayCluster(initialize_head=True, head_node_args=node | first)
-        try:
-            yield cluster
-        finally:
-            cluster.shutdown()
-            shutil.rmtree(short, ignore_errors=True)
+    cluster = RayCluster(initialize_head=True, head_node_args=node | first)
+    try:
+        yield cluster
+    finally:
+        cluster.shutdown()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 class Slurm(Engine):

@@ -40,6 +40,8 @@ from .slurm_cluster import NODES
 
 NAMES = ("local", "ray", "ray-nodes", "accelerate", "torchrun", "slurm")
 DAEMONS = {"raylet", "gcs_server", "slurmd", "slurmctld", "slurmstepd"}
+FORGETFUL = {"slurmstepd", "slurmctld"}
+"""After their deaths a controller takes jobs that have ended for running ones, until a node registers again."""
 STUCK = 400.0  # seconds without a new shard: longer than any time limit of Ray's and SLURM's for what is lost
 PR_SET_CHILD_SUBREAPER = 36
 HEAD = ("engine", "shards", "rows", "kills", "launches", "seconds", "lost", "doubled", "bytes equal", "left")
@@ -143,7 +145,7 @@ def disturb(site: Engine, name: str, run: RunDir, kills: int, chance: random.Ran
                     done[kind] += 1
                     due.pop(0)
                     say(f"{name}: {whole} of {run.plan.shards} shards, kill {done.total()} of {kills}: {kind}")
-                    if kind == "slurmstepd" and isinstance(site, Slurm):  # a controller learns of it by this alone
+                    if kind in FORGETFUL and isinstance(site, Slurm):  # a controller learns by this what is left
                         for node in NODES:
                             site.cluster.daemons[node].terminate()
         mend(site)

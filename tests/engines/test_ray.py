@@ -63,7 +63,8 @@ def _told(process: psutil.Process) -> str:
     return ""
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_stopped(
     plan_tiny: PlanTiny,
     undisturbed: Any,
