@@ -15,11 +15,11 @@ from webdataset.gopen import gopen_schemes
 
 from boomgen import manifest, places
 from boomgen.cli import main
-from boomgen.errors import BoomgenError
+from boomgen.errors import BoomgenError, UsageError
 from boomgen.job import Launch
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
-from boomgen.store import FAILPOINTS
+from boomgen.store import FAILPOINTS, Bucket
 from boomgen.verify import remake, verify
 from boomgen.worker import Worker
 
@@ -132,6 +132,23 @@ def test_killed_at_every_moment(s3: S3, plan_away: PlanAway, tmp_path: Path) -> 
         one.make_shard(number)
     assert main(["finalise", str(run.path)]) == 0
     same(RunDir(run.path), finish(RunDir(tmp_path / "here")))
+
+
+def test_who_was_first_is_decided_by_the_store(s3: S3, plan_away: PlanAway) -> None:
+    """A shard's record and a place's claim are put on a condition: a look before would come too early."""
+    run, first = plan_away(f"{s3.url}/run"), list[bytes]()
+    record, claim = (f"{s3.bucket}/run/{name}" for name in ("shards/00000/done.json", "plan.sha256"))
+
+    def overtake(rows: int) -> None:
+        if not first:
+            first.append(b"of another worker")
+            s3.behind.pipe_file(record, first[0])
+
+    Worker(run).make_shard(0, overtake)
+    assert [s3.behind.cat_file(record)] == first
+    with pytest.raises(UsageError, match="/run holds another run; use another --out"):
+        Bucket(f"{s3.url}/run", run.path).claim("0" * 64)
+    assert s3.behind.cat_file(claim).decode().split() == [run.plan_sha256]
 
 
 FAULTS = [
