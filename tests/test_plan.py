@@ -225,7 +225,7 @@ def test_compilation_is_chosen_by_cost(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def compiled(plan_tiny: PlanTiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return plan_tiny(tmp_path_factory.mktemp("compiled") / "run", compile="yes")
+    return plan_tiny(tmp_path_factory.mktemp("compiled") / "run", compile="yes", dtype="float32")
 
 
 def test_the_compiled_network_is_the_network(compiled: Any) -> None:

@@ -97,7 +97,8 @@ def test_a_template_is_cut_before_what_is_lacking(template: str, class_name: str
 
 def planned(source: Path, model: Path, out: Path, prompt: str = "{caption}, sharp") -> RunDir:
     job = {"dataset": str(source), "model": str(model), "t_boom": "0.5", "steps": 4, "batch_size": 3, "shard_size": 4}
-    return prepare(Job(mode="augment", prompt=prompt, **job), Launch(device="cpu", out=str(out)))
+    exact = Job(mode="augment", prompt=prompt, dtype="float32", **job)  # on any CPU, as the pipelines it is held to
+    return prepare(exact, Launch(device="cpu", out=str(out)))
 
 
 @torch.inference_mode()

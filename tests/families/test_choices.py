@@ -46,7 +46,8 @@ def saved(folder: Path, name: str) -> Path:
 
 def planned(source: Path, model: Path, out: Path, **more: Any) -> RunDir:
     job = {"mode": "augment", "dataset": str(source), "model": str(model), "t_boom": "0.5", "steps": 4, "batch_size": 4}
-    return prepare(Job(**(job | more)), Launch(device="cpu", out=str(out)))
+    exact = {"dtype": "float32"}  # on any CPU, as the references it is held to
+    return prepare(Job(**(job | exact | more)), Launch(device="cpu", out=str(out)))
 
 
 def shard(run: RunDir) -> bytes:
