@@ -98,11 +98,7 @@ def place(text: str) -> Place:
         return Path(rest)
     if not rest.strip("/"):
         raise UsageError(f"{text} names no place; expected as much as {protocol}://bucket/folder")
-    set_conf_env(conf)  # a worker is told its secrets after its imports
-    for name in ("s3", "s3a"):
-        settings = conf.setdefault(name, {})
-        settings["config_kwargs"] = PATIENCE | dict(settings.get("config_kwargs", {}))
-        settings.setdefault("use_listings_cache", False)  # an index shows what is there, not what was
+    _configure_s3()
     try:
         where = UPath(text.rstrip("/"))
         files(where)
@@ -114,6 +110,14 @@ def place(text: str) -> Place:
             f"{text}: {' '.join(str(err).split())}; expected a path, or a URL that fsspec knows, as s3://bucket/folder"
         ) from err
     return where
+
+
+def _configure_s3() -> None:
+    """One try a request and no listings from memory, an index shows what is there; but as the user has it, if asked."""
+    set_conf_env(conf)  # a worker is told its secrets after its imports
+    asked = conf.get("s3", {}) | conf.pop("s3a", {})  # s3fs goes by both names, and what stands under the second wins
+    patient = PATIENCE | asked.get("config_kwargs", {})
+    conf["s3"] = {"use_listings_cache": False, **asked, "config_kwargs": patient}
 
 
 def settled(text: str) -> str:

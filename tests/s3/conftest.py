@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+from fsspec.config import conf
 
 from .server import S3, serving
 
@@ -18,6 +19,8 @@ def s3_server() -> Iterator[S3]:
 def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     """A fresh bucket, no faults, and an environment in which every client finds the server."""
     monkeypatch.delenv("AWS_PROFILE", raising=False)
+    for name in ("s3", "s3a"):
+        monkeypatch.setitem(conf, name, {})  # what an earlier test configured
     for name, value in s3_server.environ.items():
         monkeypatch.setenv(name, value)
     s3_server.bucket = f"bucket-{uuid.uuid4().hex[:8]}"

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from fsspec import filesystem
-from fsspec.config import conf
 from s3fs import S3FileSystem
 
 from boomgen import places
@@ -128,7 +127,6 @@ def test_a_run_is_the_same_whatever_the_server_does_meanwhile(
     tmp_path: Path, s3: S3, upload: Upload, plan_tiny: PlanTiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Planned here, made by a worker process; requests of both fail in every way that passes."""
-    monkeypatch.setitem(conf, "s3", {})
     monkeypatch.setenv("FSSPEC_S3", HASTE)
     (tmp_path / "set").mkdir()
     url = upload(tars(tmp_path / "set"))
@@ -145,6 +143,15 @@ def test_a_run_is_the_same_whatever_the_server_does_meanwhile(
     assert len([line for line in s3.asked if line.startswith("GET")]) == len(s3.asked) == 10 + 5
     local = finish(plan_tiny(tmp_path / "local", dataset=str(tmp_path / "set")))
     assert made(RunDir(run.path)) == made(local)
+
+
+@pytest.mark.parametrize("name", ["FSSPEC_S3", "FSSPEC_S3A"])
+def test_the_users_own_limits_win(s3: S3, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Of a client of either name; what they leave open stays at one try a request."""
+    places.place(s3.url)  # before the user's are known, as in a worker
+    monkeypatch.setenv(name, HASTE)
+    for url in (s3.url, s3.url.replace("s3:", "s3a:")):
+        assert places.files(places.place(url)).config_kwargs == places.PATIENCE | json.loads(HASTE)["config_kwargs"]
 
 
 def test_reading_an_object_is_one_request_also_after_a_fork(tmp_path: Path, s3: S3, upload: Upload) -> None:
