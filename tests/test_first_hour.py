@@ -15,6 +15,7 @@ from PIL import Image
 from s3fs import S3FileSystem
 
 from boomgen import cli, env
+from boomgen.models import chain
 
 from .conftest import FASHION
 from .s3.server import serving
@@ -38,9 +39,11 @@ def examples() -> Iterator[tuple[str, str]]:
 
 
 @pytest.fixture(autouse=True)
-def one_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One worker for each run: most of the time of these small ones goes into starting workers."""
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One worker for each run, since most of the time of these small ones goes into starting workers; and a chain of
+    20 levels where a command names none."""
     monkeypatch.setattr(env, "cores", lambda: 1)
+    monkeypatch.setattr(chain, "STEPS", 20)
 
 
 def shell(line: str) -> subprocess.CompletedProcess[str]:
