@@ -224,7 +224,7 @@ def test_sick_device(
 
 def test_failure_of_the_device_ends_the_worker(capsys: pytest.CaptureFixture[str]) -> None:
     """A failed read leaves the worker ready for more; any other failure ends it, so that a fresh one starts."""
-    from boomgen.engines.local import _serve_shard
+    from boomgen.engines.local import serve_shard
 
     class Failing:
         def __init__(self, failure: Exception) -> None:
@@ -234,11 +234,11 @@ def test_failure_of_the_device_ends_the_worker(capsys: pytest.CaptureFixture[str
             raise self.failure
 
     said: list[Any] = []
-    _serve_shard(Failing(OSError("disk\nmore")), 3, lambda *what, **more: said.append((*what, more)))
+    serve_shard(Failing(OSError("disk\nmore")), 3, lambda *what, **more: said.append((*what, more)))
     assert said == [("failed", 3, {"text": "OSError: disk"}), ("ready", {})]
     said.clear()
     with pytest.raises(SystemExit):
-        _serve_shard(Failing(RuntimeError("CUDA error")), 3, lambda *what, **more: said.append((*what, more)))
+        serve_shard(Failing(RuntimeError("CUDA error")), 3, lambda *what, **more: said.append((*what, more)))
     assert said == [("failed", 3, {"text": "RuntimeError: CUDA error"})]
     assert capsys.readouterr().err.count("Traceback") == 2
 
@@ -266,5 +266,5 @@ def test_workers_that_cannot_start(plan_tiny: PlanTiny, tmp_path: Path, monkeypa
 
     run = plan_tiny(tmp_path / "run")
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(BoomgenError, match=rf"workers die while starting \(exit 1\); see {run.logs}"):
+    with pytest.raises(BoomgenError, match=rf"workers die while starting \(died with exit code 1\); see {run.logs}"):
         list(LocalEngine(run, ["cpu"]).run(range(7)))

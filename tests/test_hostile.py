@@ -320,9 +320,9 @@ def test_tokens_reach_the_worker_through_its_pipe(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(local.sys, "executable", str(script))
 
     class Somewhere:
-        path, logs = tmp_path, tmp_path / "logs"
+        path = tmp_path
 
-    hand = local._Hand(Somewhere(), 0, "cpu", False)  # type: ignore[arg-type]
+    hand = local._Hand(Somewhere(), 0, "cpu", False, tmp_path / "log")  # type: ignore[arg-type]
     hand.process.wait(timeout=60)
     hand.close()
     names, secrets = json.loads(got.read_text())

@@ -14,7 +14,7 @@ import pytest
 from boomgen import heartbeat, progress, tell
 from boomgen.cli import main
 from boomgen.engines.handout import Event
-from boomgen.engines.local import _serve_shard
+from boomgen.engines.local import serve_shard
 from boomgen.heartbeat import Telling, bury
 from boomgen.progress import Look, line, look
 from boomgen.run import RunDir, Status
@@ -193,7 +193,7 @@ def test_dead_workers_are_written_down_once(
 def _serve_shard_that_fails(run: RunDir) -> None:
     with (run.logs / "worker-000.log").open("a") as log, pytest.MonkeyPatch.context() as patched:
         patched.setattr("sys.stderr", log)
-        _serve_shard(Made(run), 9, lambda *told, **more: None)
+        serve_shard(Made(run), 9, lambda *told, **more: None)
 
 
 def test_the_driver_tells_of_a_run_and_its_events(

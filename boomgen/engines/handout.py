@@ -100,6 +100,7 @@ class HandOut:
         held = self._held.pop(worker)
         self._recent.append(now - held.since)
         self.open.discard(held.shard)
+        self.aside.pop(held.shard, None)  # others may have failed at it
 
     def failed(self, worker: int, why: str) -> int | None:
         """A worker could not make its shard, or has gone: the shard, for somebody else to try; None: it had none."""

@@ -17,12 +17,14 @@ import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import IO, Any
 
 from boomgen import env
+from boomgen.engines.crew import Crew
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
-from boomgen.heartbeat import Telling, forget
+from boomgen.heartbeat import Telling
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
 
@@ -37,19 +39,17 @@ OFFLINE = {"HF_HUB_OFFLINE": "1"}
 class _Hand:
     """One worker process, as the driver sees it."""
 
-    def __init__(self, run: RunDir, number: int, device: str, allow_mixed: bool) -> None:
-        run.logs.mkdir(exist_ok=True)
+    def __init__(self, run: RunDir, number: int, device: str, allow_mixed: bool, log: Path) -> None:
         self.number, self.device = number, device
-        self.log = run.logs / f"worker-{number:03d}.log"
-        self.started, self.idle, self.hung = False, False, False
+        self.started = self.idle = False
         self._rest = b""
         command = [sys.executable, "-m", __name__, str(run.path.resolve()), device, str(int(allow_mixed)), str(number)]
-        with self.log.open("ab") as log:
+        with log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=log,
+                stderr=stderr,
                 start_new_session=True,
                 env={name: value for name, value in os.environ.items() if not SECRETS.search(name)} | OFFLINE,
             )
@@ -77,26 +77,31 @@ class _Hand:
         self.process.terminate()
         self.process.stdin.close()
 
+    def wait(self) -> None:
+        """Wait for its end; it was told, or is dead. One that waits for a disk does not even die: it is left."""
+        for _ in range(2):
+            try:
+                self.process.wait(timeout=20)
+                return
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+
     def close(self) -> None:
-        """Wait for its end; it was told, or is dead."""
-        try:
-            self.process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """Wait for its end, and close its pipes."""
+        self.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:
                 pipe.close()
 
 
-class LocalEngine:
+class LocalEngine(Crew[_Hand]):
     """Hands out shards to one worker per device. `patience`: as HandOut has it."""
 
     def __init__(
         self, run: RunDir, devices: Sequence[str], allow_mixed: bool = False, patience: float | None = None
     ) -> None:
-        self.run_dir, self.devices, self.allow_mixed, self.patience = run, devices, allow_mixed, patience
-        self.hands: dict[int, _Hand] = {}
+        super().__init__(run)
+        self.devices, self.allow_mixed, self.patience = devices, allow_mixed, patience
         self.selector = selectors.DefaultSelector()
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
@@ -106,16 +111,17 @@ class LocalEngine:
             BoomgenError: no worker can start; or, when all others are done, shards failed ATTEMPTS times.
         """
         handout = HandOut(shards, self.patience)
+        self.run_dir.logs.mkdir(exist_ok=True)
         try:
-            for number, device in enumerate(self.devices[: len(shards)]):
-                self._start(number, device)
+            for number in range(min(len(self.devices), len(shards))):
+                self.hire(number)
             while handout.open:
                 for key, _ in self.selector.select(timeout=1.0):
                     for event in self._step(key.data, handout):
                         yield event
                         if event.kind == "fatal":
                             raise BoomgenError(event.text)
-                self._wake(handout)
+                yield from self.wake(handout)
         finally:
             for hand in self.hands.values():
                 hand.end()
@@ -123,46 +129,25 @@ class LocalEngine:
                 hand.close()
         set_aside(handout.aside, self.run_dir.path)
 
-    def _start(self, number: int, device: str) -> None:
-        hand = _Hand(self.run_dir, number, device, self.allow_mixed)
-        self.hands[number] = hand
+    def start(self, number: int) -> _Hand:
+        hand = _Hand(self.run_dir, number, self.devices[number], self.allow_mixed, self.log(number))
         self.selector.register(hand.process.stdout, selectors.EVENT_READ, hand)  # type: ignore[arg-type]
+        return hand
+
+    def dismiss(self, hand: _Hand) -> None:
+        self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
+        hand.process.kill()
+        hand.close()
 
     def _step(self, hand: _Hand, handout: HandOut) -> list[Event]:
-        events = hand.events()
-        if events is None:
-            return self._lost(hand, handout)
+        if (events := hand.events()) is None:
+            hand.wait()
+            return self.lost(hand, handout, f"died with exit code {hand.process.returncode}")
         for event in events:
             handout.hear(hand.number, event, time.monotonic())
             if event.kind in ("ready", "done"):
-                hand.started, hand.idle = True, True
+                hand.started = hand.idle = True
         return events
-
-    def _wake(self, handout: HandOut) -> None:
-        """Whoever is idle takes the next shard, also one that came back; whoever is hung is killed."""
-        now = time.monotonic()
-        for hand in self.hands.values():
-            if hand.idle and (shard := handout.take(hand.number, now)) is not None:
-                hand.give(shard)
-        for number in handout.overdue(now):
-            self.hands[number].hung = True
-            self.hands[number].process.kill()  # and its closed pipe tells of it
-
-    def _lost(self, hand: _Hand, handout: HandOut) -> list[Event]:
-        self.selector.unregister(hand.process.stdout)  # type: ignore[arg-type]
-        hand.close()
-        del self.hands[hand.number]
-        forget(self.run_dir, hand.number)
-        if not handout.again(hand.number, hand.started):
-            if handout.open and not self.hands:
-                raise BoomgenError(f"workers die while starting (exit {hand.process.returncode}); see {hand.log}")
-            return [Event("gone", -1, f"worker {hand.number} ({hand.device}) dies while starting; see {hand.log}")]
-        code = hand.process.returncode
-        cause = f"worker {hand.number} {'hung and was killed' if hand.hung else f'died with exit code {code}'}"
-        lost = handout.failed(hand.number, cause)
-        if handout.open:
-            self._start(hand.number, hand.device)
-        return [] if lost is None else [Event("lost", lost, cause)]
 
 
 def serve(path: str, device: str, allow_mixed: bool, number: int) -> int:
@@ -190,7 +175,7 @@ def serve(path: str, device: str, allow_mixed: bool, number: int) -> int:
     with contextlib.closing(worker):
         say("ready")
         for line in sys.stdin:
-            _serve_shard(worker, int(line), say)
+            serve_shard(worker, int(line), say)
     return 0
 
 
@@ -214,7 +199,8 @@ def gist(err: Exception) -> str:
     return f"{type(err).__name__}: {str(err).splitlines()[0] if str(err) else ''}"
 
 
-def _serve_shard(worker: Any, shard: int, say: Any) -> None:
+def serve_shard(worker: Any, shard: int, say: Any) -> None:
+    """Make one shard and say what came of it. SystemExit where a fresh process is needed for the next."""
     try:
         record = make_logged(worker, shard, lambda rows: say("tick", shard, rows=rows), write_log)
     except BrokenPipeError:

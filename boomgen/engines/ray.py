@@ -10,6 +10,7 @@ import math
 import os
 import queue
 import shutil
+import socket
 import sys
 import time
 import traceback
@@ -18,8 +19,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from boomgen.engines.crew import Crew
 from boomgen.engines.handout import Event, HandOut, set_aside
-from boomgen.engines.local import OFFLINE, SECRETS, _serve_shard, gist, write_log
+from boomgen.engines.local import OFFLINE, SECRETS, gist, serve_shard, write_log
 from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
 from boomgen.heartbeat import Telling, forget
@@ -31,7 +33,8 @@ CLIENTS = ("HF_", "AWS_", "FSSPEC_", "GOOGLE_", "AZURE_")
 """How variables begin that tell where data lies and who asks for it."""
 LOOK = 1.0  # seconds between two looks at who is hung
 WAIT = 10.0  # seconds without a place, after which it is said
-RESOURCES: dict[str, tuple[str, dict[str, int]]] = {"cuda": ("GPU", {"num_gpus": 1}), "cpu": ("CPU", {"num_cpus": 1})}
+RESOURCES = {"cuda": ("GPU", {"num_gpus": 1, "num_cpus": 0}), "cpu": ("CPU", {"num_cpus": 1})}
+"""What an actor takes of its node. Ray would add a core to each GPU, which a node may not have to give."""
 
 
 class Actor:
@@ -42,14 +45,14 @@ class Actor:
         self.thread = ThreadPoolExecutor(1)
 
     def start(self, environ: dict[str, str]) -> Iterator[Event]:
-        """Load the model: says that it has a place, then ready or fatal."""
-        yield Event("placed", -1)
+        """Load the model: says on which machine it has a place, then ready or fatal."""
+        yield Event("placed", -1, socket.gethostname())
         os.environ |= environ
         yield from self._told(self._load)
 
     def make(self, shard: int) -> Iterator[Event]:
         """Make one shard. Says neither ready nor done at the end where a fresh process is needed."""
-        yield from self._told(lambda say: _serve_shard(self.worker, shard, say))
+        yield from self._told(lambda say: serve_shard(self.worker, shard, say))
 
     def _load(self, say: Callable[..., None]) -> None:
         try:
@@ -91,18 +94,23 @@ def _write_to(log: Path) -> None:
 
 
 class _Hand:
-    """One actor, as the driver sees it. `told` is None between two calls."""
+    """One actor, as the driver sees it. `told` is None between two calls, `host` until it has a place."""
 
-    def __init__(self, number: int, actor: Any, environ: dict[str, str]) -> None:
-        self.number, self.actor = number, actor
-        self.placed = self.started = self.idle = False  # started: had a shard, which counts its deaths
+    def __init__(self, number: int, device: str, actor: Any, environ: dict[str, str]) -> None:
+        self.number, self.device, self.actor = number, device, actor
+        self.host: str | None = None
+        self.started = self.ready = False  # started: had a shard, which counts its deaths
         self.told: Any = actor.start.remote(environ)
 
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.told is None
+
     def give(self, shard: int) -> None:
-        self.started, self.idle, self.told = True, False, self.actor.make.remote(shard)
+        self.started, self.ready, self.told = True, False, self.actor.make.remote(shard)
 
 
-class RayEngine:
+class RayEngine(Crew[_Hand]):
     """Hands out shards to one actor per device ('cuda' or 'cpu').
 
     `workers`: None for as many as the cluster at `address` has devices. `patience`: as HandOut has it.
@@ -117,9 +125,9 @@ class RayEngine:
         allow_mixed: bool = False,
         patience: float | None = None,
     ) -> None:
-        self.run_dir, self.kind, self.workers, self.address = run, kind, workers, address
+        super().__init__(run)
+        self.kind, self.workers, self.address = kind, workers, address
         self.allow_mixed, self.patience = allow_mixed, patience
-        self.hands: dict[int, _Hand] = {}
         told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS) or SECRETS.search(name)}
         self.environ = told | OFFLINE
 
@@ -157,7 +165,7 @@ class RayEngine:
         self.actors = self.ray.remote(max_restarts=0, max_task_retries=0, **asked)(Actor)
         try:
             for number in range(min(self.workers or found, len(handout.open))):
-                self._start(number)
+                self.hire(number)
             wait_told = time.monotonic() + WAIT if self.address else math.inf  # a cluster of our own has room for all
             while handout.open:
                 if part := ended(self.ray):
@@ -165,13 +173,12 @@ class RayEngine:
                         f"Ray's {part} was killed, and all workers with it; what is whole stays, go on "
                         f"with: boomgen resume {self.run_dir.path}"
                     )
-                hands = {hand.told: hand for hand in self.hands.values() if hand.told is not None}
-                for told in self.ray.wait(list(hands), timeout=LOOK)[0]:
-                    for event in self._step(hands[told], handout):
+                for hand in self._heard():
+                    for event in self._step(hand, handout):
                         yield event
                         if event.kind == "fatal":
                             raise BoomgenError(event.text)
-                yield from self._wake(handout)
+                yield from self.wake(handout)
                 if time.monotonic() > wait_told:
                     yield from self._waiting(resource)
                     wait_told = math.inf
@@ -180,54 +187,44 @@ class RayEngine:
             for hand in self.hands.values():
                 self.ray.kill(hand.actor)
 
-    def _start(self, number: int) -> None:
+    def start(self, number: int) -> _Hand:
         actor = self.actors.remote(str(self.run_dir.path.resolve()), number, self.kind, self.allow_mixed)
-        self.hands[number] = _Hand(number, actor, self.environ)
+        return _Hand(number, self.kind, actor, self.environ)
+
+    def dismiss(self, hand: _Hand) -> None:
+        self.ray.kill(hand.actor)
+
+    def _heard(self) -> list[_Hand]:
+        """All that have said something, as soon as one has; none after LOOK seconds."""
+        hands = {hand.told: hand for hand in self.hands.values() if hand.told is not None}
+        asked = list(hands)
+        if not self.ray.wait(asked, timeout=LOOK)[0]:
+            return []
+        return [hands[told] for told in self.ray.wait(asked, num_returns=len(asked), timeout=0)[0]]
 
     def _step(self, hand: _Hand, handout: HandOut) -> list[Event]:
         try:
             event: Event = self.ray.get(next(hand.told))
         except StopIteration:
             hand.told = None
-            return [] if hand.idle else self._lost(hand, handout, "left")
+            return [] if hand.ready else self.lost(hand, handout, "left")
         except self.ray.exceptions.RayError as err:
-            return self._lost(hand, handout, _cause(err))
+            return self.lost(hand, handout, _cause(err))
         if event.kind == "placed":
-            hand.placed = True
+            hand.host = event.text
             return []
+        if event.kind == "fatal" and not hand.started and len(self.hands) > 1:  # its node may be of another kind
+            self.leave(hand)
+            return [Event("gone", -1, f"worker {hand.number} on {hand.host}: {event.text}")]
         handout.hear(hand.number, event, time.monotonic())
         if event.kind in ("ready", "done"):
-            hand.idle = True
+            hand.ready = True
         return [event]
 
     def _waiting(self, resource: str) -> list[Event]:
-        count = sum(not hand.placed for hand in self.hands.values())
+        count = sum(hand.host is None for hand in self.hands.values())
         text = f"{count} of {len(self.hands)} workers wait until Ray has a free {resource} for them"
         return [Event("waiting", -1, text)] if count else []
-
-    def _wake(self, handout: HandOut) -> list[Event]:
-        """Whoever is idle takes the next shard, also one that came back; whoever is hung is killed."""
-        now = time.monotonic()
-        for hand in self.hands.values():
-            if hand.idle and hand.told is None and (shard := handout.take(hand.number, now)) is not None:
-                hand.give(shard)
-        late = [self.hands[number] for number in handout.overdue(now)]
-        return [event for hand in late for event in self._lost(hand, handout, "hung and was killed")]
-
-    def _lost(self, hand: _Hand, handout: HandOut, what: str) -> list[Event]:
-        self.ray.kill(hand.actor)
-        del self.hands[hand.number]
-        forget(self.run_dir, hand.number)
-        log = self.run_dir.logs / f"worker-{hand.number:03d}.log"
-        if not handout.again(hand.number, hand.started):
-            if handout.open and not self.hands:
-                raise BoomgenError(f"workers die while starting ({what}); see {log}")
-            return [Event("gone", -1, f"worker {hand.number} ({self.kind}) dies while starting; see {log}")]
-        cause = f"worker {hand.number} {what}"
-        lost = handout.failed(hand.number, cause)
-        if handout.open:
-            self._start(hand.number)
-        return [] if lost is None else [Event("lost", lost, cause)]
 
 
 def _cause(err: Exception) -> str:

@@ -38,16 +38,24 @@ def cluster(address: str | None, kind: str, workers: int | None) -> Iterator[Any
         raise UsageError("--engine ray needs Ray, which is not installed; pip install 'boomgen[ray]'") from err
     with contextlib.ExitStack() as stack:
         stack.callback(ray.shutdown)
-        try:
-            if address:
-                _reach(address)
-                ray.init(address=address, **QUIET)
-            else:
+        if address:
+            with _said(f"no Ray cluster at {address}"):
+                where = _reach(ray, address)
+            with _said(f"the Ray cluster at {address} is not joined; give the command on one of its nodes"):
+                ray.init(address=where, **QUIET)
+        else:
+            with _said("Ray does not start here"):
                 stack.enter_context(_own_cluster(ray, kind, workers or 1))
-        except (OSError, RuntimeError, ValueError) as err:
-            at = f"no Ray cluster at {address}" if address else "Ray does not start here"
-            raise BoomgenError(f"{at}: {' '.join(str(err).split())}") from err
         yield ray
+
+
+@contextlib.contextmanager
+def _said(what: str) -> Iterator[None]:
+    """Raises BoomgenError for what Ray raises where it does not get on."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as err:
+        raise BoomgenError(f"{what}: {' '.join(str(err).split())}") from err
 
 
 def ended(ray: Any) -> str | None:
@@ -56,11 +64,15 @@ def ended(ray: Any) -> str | None:
     return next((kind for kind in dead if kind in ("raylet", "gcs_server")), None)
 
 
-def _reach(address: str) -> None:
-    """Raises OSError where nothing listens: Ray itself would try for minutes, deaf to signals."""
-    host, _, port = address.rpartition(":")
-    if port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+def _reach(ray: Any, address: str) -> str:
+    """The host:port of a cluster's head, of 'auto' that of RAY_ADDRESS or the one here.
+
+    Raises OSError where nothing listens: Ray itself would try for minutes, deaf to signals.
+    """
+    where = str(ray._private.services.canonicalize_bootstrap_address_or_die(address))
+    host, _, port = where.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    return where
 
 
 @contextlib.contextmanager

@@ -43,6 +43,8 @@ DAEMONS = {"raylet", "gcs_server", "slurmd", "slurmctld", "slurmstepd"}
 FORGETFUL = {"slurmstepd", "slurmctld"}
 """After their deaths a controller takes jobs that have ended for running ones, until a node registers again."""
 STUCK = 400.0  # seconds without a new shard: longer than any time limit of Ray's and SLURM's for what is lost
+LATEST = 0.9
+"""Of the shards: until so many are whole, the kills are spread. Later there may be nobody left to kill."""
 PR_SET_CHILD_SUBREAPER = 36
 HEAD = ("engine", "shards", "rows", "kills", "launches", "seconds", "lost", "doubled", "bytes equal", "left")
 
@@ -125,7 +127,7 @@ def closed(run: RunDir) -> bool:
 def disturb(site: Engine, name: str, run: RunDir, kills: int, chance: random.Random) -> tuple[Counter[str], int]:
     """The kills by kind, and how often the run was begun."""
     done, launches, last, since = Counter[str](), 0, -1, time.monotonic()
-    due = sorted(chance.uniform(i, i + 1) * run.plan.shards / kills for i in range(kills))
+    due = sorted(chance.uniform(i, i + 1) * LATEST * run.plan.shards / kills for i in range(kills))
     going: Going | None = None
     while going is None or not ended(site, going):
         if going is None:
@@ -156,6 +158,7 @@ def disturb(site: Engine, name: str, run: RunDir, kills: int, chance: random.Ran
             going = None
     if not isinstance(site, Slurm):
         going.end()
+    assert not due, f"{len(due)} of {kills} kills found nobody"
     return done, launches
 
 

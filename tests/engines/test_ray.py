@@ -109,6 +109,12 @@ def test_wrong_use(complaint: Complaint, plan_tiny: PlanTiny, tmp_path: Path, mo
         address = f"127.0.0.1:{free.getsockname()[1]}"
         said = complaint("resume", run, "--engine", "ray", "--ray-address", address, code=1)
     assert said == f"no Ray cluster at {address}: [Errno 111] Connection refused"
+    monkeypatch.setenv("RAY_ADDRESS", address)  # of a cluster that has ended
+    said = complaint("resume", run, "--engine", "ray", "--ray-address", "auto", code=1)
+    assert said == "no Ray cluster at auto: [Errno 111] Connection refused"
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.2:10001")
+    said = complaint("resume", run, "--engine", "ray", "--ray-address", "auto", code=1)
+    assert said == "no Ray cluster at auto: Invalid address format: ray://127.0.0.2:10001"
     monkeypatch.setitem(sys.modules, "ray", None)
     said = complaint("resume", run, "--engine", "ray")
     assert said == "--engine ray needs Ray, which is not installed; pip install 'boomgen[ray]'"

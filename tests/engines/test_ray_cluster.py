@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +22,7 @@ from boomgen.run import RunDir
 from ..conftest import PlanTiny
 from ..finished import made
 from ..test_bytes import AUGMENT, Driver
+from . import engines
 
 JOB = AUGMENT | {"steps": 100}  # 15 shards of one batch
 RAY = ("--engine", "ray", "--device", "cpu", "--workers")
@@ -144,3 +147,19 @@ def test_workers_that_die_while_starting(plan_tiny: PlanTiny, tmp_path: Path, bo
     done = boomgen("resume", run.path, *RAY, 2)
     assert f"worker 0 (cpu) dies while starting; see {logs[0]}; the others go on" in done.stderr.splitlines()
     assert main(["verify", str(run.path)]) == 0
+
+
+@pytest.mark.slow
+def test_a_node_of_another_class_leaves_the_work_to_the_others(
+    plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, boomgen: Any
+) -> None:
+    """It is named once. Where all are, the run ends: the suite's foreign environment."""
+    run, foreign = plan_tiny(tmp_path / "run", **JOB), {"ATEN_CPU_CAPABILITY": "default"}
+    with engines.ray_cluster(engines.NODE) as cluster:
+        cluster.add_node(**engines.NODE, node_ip_address="127.0.0.3", env_vars=foreign)
+        where = (*RAY, 2, "--ray-address", cluster.address)
+        done = boomgen("resume", run.path, *where)
+        (told,) = [line for line in done.stderr.splitlines() if "not of the planned class" in line]
+        assert re.fullmatch(rf"worker [01] on {socket.gethostname()}: this device .*; the others go on", told)
+        assert "(here DEFAULT)" in told
+        assert made(run) == undisturbed(**JOB)
