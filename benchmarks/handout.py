@@ -14,14 +14,20 @@ from typing import NamedTuple
 
 import numpy as np
 
-from boomgen.engines.handout import HandOut
+from boomgen.engines.handout import Event, HandOut
 
 DYING = 0.05
 TAIL = (
     2.0  # exponent of the speeds: times per shard are 60 s times a Pareto variable, the slowest of 1,024 about 30 fold
 )
+BATCHES = 10  # of a shard
 NOTICED = 30.0  # seconds until a death is seen
+LOOK = 1.0  # seconds after which a driver looks again at who is overdue, and who is idle
 SEED = 0
+
+
+Happening = tuple[float, str, int, int]
+"""When; a worker ends a batch, is lost or asks for a shard, or the driver looks; whose; batches left of its shard."""
 
 
 class Outcome(NamedTuple):
@@ -30,39 +36,49 @@ class Outcome(NamedTuple):
     took: float  # simulated seconds
     ideal: float
     cpu: float  # real seconds of the hand-out alone
+    heard: int  # events
     made: int  # shards, with those made twice
 
 
 def simulate(shards: int, workers: int) -> Outcome:
-    """Hand out all shards."""
+    """Hand out all shards, as a driver does: it hears each batch, looks every second who is overdue, and who is idle
+    asks again then."""
     rng = np.random.default_rng(SEED)
     seconds = 60 * (1 + rng.pareto(TAIL, workers))  # of each worker, per shard
     expected = shards / np.sum(1 / seconds)
     death = np.where(rng.random(workers) < DYING, rng.uniform(0, expected, workers), np.inf)
-    handout, made, now, cpu = HandOut(range(shards)), 0, 0.0, 0.0
-    # (when, what, worker): done, lost, or asks for work
-    events = [(0.0, "ask", worker) for worker in range(workers)]
-    while handout.open:
-        now, what, worker = heapq.heappop(events)
-        start = time.process_time()
-        if what == "done":
-            handout.done(worker, now)
-            made += 1
+    handout, made, heard, now, cpu = HandOut(range(shards)), 0, 0, 0.0, 0.0
+
+    def batch(worker: int, left: int) -> Happening:
+        until = now + seconds[worker] / BATCHES * rng.lognormal(0, 0.1)
+        if until < death[worker]:
+            return until, "batch", worker, left
+        return max(death[worker], now) + NOTICED, "lost", worker, 0
+
+    def told(what: str, worker: int, left: int) -> Happening | None:
+        """What the driver does then, and what follows for this worker."""
+        if what == "look":
+            assert not handout.overdue(now)
+            return now + LOOK, "look", worker, 0
         if what == "lost":
             handout.failed(worker, "died")
-        shard = handout.take(worker, now) if what != "lost" else None
-        cpu += time.process_time() - start
-        if what == "lost":
-            continue
-        until = now + seconds[worker] * rng.lognormal(0, 0.1)
-        if shard is None:
-            heapq.heappush(events, (now + 1, "ask", worker))  # engines ask again every second
-        elif until < death[worker]:
-            heapq.heappush(events, (until, "done", worker))
-        else:
-            heapq.heappush(events, (max(death[worker], now) + NOTICED, "lost", worker))
+            return None
+        if what == "batch":
+            handout.hear(worker, Event("tick" if left else "done", -1), now)
+        if not left and handout.take(worker, now) is None:
+            return now + LOOK, "ask", worker, 0
+        return batch(worker, (left or BATCHES) - 1)
+
+    events: list[Happening] = [(0.0, "ask", worker, 0) for worker in range(workers)] + [(LOOK, "look", -1, 0)]
+    while handout.open:
+        now, what, worker, left = heapq.heappop(events)
+        start = time.process_time()
+        following = told(what, worker, left)
+        cpu, heard, made = cpu + time.process_time() - start, heard + 1, made + ((what, left) == ("batch", 0))
+        if following:
+            heapq.heappush(events, following)
     assert not handout.aside
-    return Outcome(now, ideal_time(shards, seconds, death), cpu, made)
+    return Outcome(now, ideal_time(shards, seconds, death), cpu, heard, made)
 
 
 def ideal_time(shards: int, seconds: np.ndarray, death: np.ndarray) -> float:
@@ -83,7 +99,8 @@ def main() -> None:
     print(f"{shards:,} shards, {workers:,} workers, {DYING:.0%} of which die")
     print(f"simulated     {found.took:,.0f} s, ideal {found.ideal:,.0f} s: {found.ideal / found.took:.1%} of the ideal")
     print(f"made twice    {found.made - shards:,} shards")
-    print(f"hand-out      {found.cpu:.2f} s of CPU, {found.cpu / shards * 1e6:.0f} us a shard; {memory / 1024:.0f} MiB")
+    share = f"{found.cpu / found.took:.2%} of a core while it lasts"
+    print(f"heard         {found.heard:,} events: {found.cpu:.2f} s of CPU, {share}; {memory / 1024:.0f} MiB more")
 
 
 if __name__ == "__main__":

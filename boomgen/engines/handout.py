@@ -98,7 +98,8 @@ class HandOut:
         """A worker has made its shard."""
         self.tick(worker, now)
         held = self._held.pop(worker)
-        self._recent.append(now - held.since)
+        if self.queue or len(self._recent) < RECENT:  # of what is left at the end, most is slow
+            self._recent.append(now - held.since)
         self.open.discard(held.shard)
         self.aside.pop(held.shard, None)  # others may have failed at it
 
