@@ -157,8 +157,8 @@ def test_a_node_of_another_class_leaves_the_work_to_the_others(
     run, foreign = plan_tiny(tmp_path / "run", **JOB), {"ATEN_CPU_CAPABILITY": "default"}
     with engines.ray_cluster(engines.NODE) as cluster:
         cluster.add_node(**engines.NODE, node_ip_address="127.0.0.3", env_vars=foreign)
-        where = (*RAY, 2, "--ray-address", cluster.address)
-        done = boomgen("resume", run.path, *where)
+        there = os.environ | {"RAY_ADDRESS": cluster.address}
+        done = boomgen("resume", run.path, *RAY, 2, "--ray-address", "auto", env=there)
         (told,) = [line for line in done.stderr.splitlines() if "not of the planned class" in line]
         assert re.fullmatch(rf"worker [01] on {socket.gethostname()}: this device .*; the others go on", told)
         assert "(here DEFAULT)" in told
