@@ -86,11 +86,11 @@ def _record(run: RunDir, files: dict[str, Any], texts: dict[str, bytes]) -> None
 
 def _destroy_links(run: RunDir) -> None:
     """`--linkage none`: the linking columns of every part, what workers left and said, the index, last the secret."""
-    for number in range(run.plan.shards):
-        run.store.change_part(number, manifest.unlinked)
     for folder in (run.staging, run.logs):  # a log may name the source that a shard failed on
         if folder.exists():
             shutil.rmtree(folder)
+    for number in range(run.plan.shards):
+        run.store.change_part(number, manifest.unlinked)
     for name in ("index.parquet", "secret"):
         (run.path / name).unlink(missing_ok=True)
     sync(run.path)

@@ -29,11 +29,18 @@ SECRET = re.compile(
 EXTRAS = {"s3": "pip install 'boomgen[s3]'", "s3a": "pip install 'boomgen[s3]'"}
 PATIENCE = {"connect_timeout": 20, "read_timeout": 20, "retries": {"total_max_attempts": 1}}  # s, of botocore
 PAUSES = (1, 3, 9, 18)  # seconds between five tries, each made shorter or longer by up to a quarter
+AT_ONCE = 4  # parts of 50 MiB of a file that goes up
+START, SLOWEST = 120.0, 2**18  # seconds, and bytes a second: what takes longer is not going up any more
 BUFFER = 2**23  # bytes of one request where a file is read from one end to the other
 
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 LASTING_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.EREMCHG}
-PASSING = {"botocore.HTTPClientError", "botocore.ConnectionError", "aiohttp.ClientError"}
+PASSING = {
+    "botocore.HTTPClientError",
+    "botocore.ConnectionError",
+    "botocore.ResponseParserError",
+    "aiohttp.ClientError",
+}
 UNKNOWN = {"botocore.NoCredentialsError", "botocore.PartialCredentialsError", "botocore.ProfileNotFound"}
 
 Place = Path | UPath
@@ -117,7 +124,7 @@ def _configure_s3() -> None:
     set_conf_env(conf)  # a worker is told its secrets after its imports
     asked = conf.get("s3", {}) | conf.pop("s3a", {})  # s3fs goes by both names, and what stands under the second wins
     patient = PATIENCE | asked.get("config_kwargs", {})
-    conf["s3"] = {"use_listings_cache": False, **asked, "config_kwargs": patient}
+    conf["s3"] = {"use_listings_cache": False, "max_concurrency": AT_ONCE, **asked, "config_kwargs": patient}
 
 
 def settled(text: str) -> str:
@@ -134,6 +141,22 @@ def files(where: UPath) -> Any:
     if where.protocol in ("s3", "s3a"):
         fs.retries = 1
     return fs
+
+
+def bulk(where: UPath) -> Any:
+    """The file system of a place for large files: of a thousand parts some fail, and S3's client sends each again."""
+    if where.protocol not in ("s3", "s3a"):
+        return files(where)
+    again = conf["s3"]["config_kwargs"] | {"retries": {"total_max_attempts": 1 + len(PAUSES), "mode": "standard"}}
+    fs = fsspec.filesystem(where.protocol, **where.storage_options, config_kwargs=again)
+    fs.retries = 1
+    return fs
+
+
+def upload(fs: Any, local: Path, where: UPath) -> None:
+    """Put a file, tried as `insist` does. No client notices by itself that what it sends is not taken."""
+    limit = {"timeout": START + local.stat().st_size / SLOWEST} if fs.async_impl else {}
+    insist(lambda: fs.put_file(str(local), where.path, **limit), where)
 
 
 def insist(call: Callable[[], T], where: object) -> T:

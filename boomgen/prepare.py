@@ -249,7 +249,10 @@ def reopen(out: Path, resolved: Resolved, launch: Launch) -> RunDir:
     if launch.secret_file and keys.commitment(_secret(job, launch)) != run.plan.secret_commitment:
         differences.append(f"another secret than {launch.secret_file}")
     if differences:
-        raise UsageError(f"{out} was planned with {', '.join(differences)}; use another --out, or boomgen resume {out}")
+        folder = "--private-dir" if launch.out and places.is_url(launch.out) else "--out"
+        raise UsageError(
+            f"{out} was planned with {', '.join(differences)}; use another {folder}, or boomgen resume {out}"
+        )
     return run
 
 

@@ -18,6 +18,7 @@ from boomgen.untrusted import printable
 
 LINE_EVERY = 10.0  # seconds
 BAR_EVERY = 1.0
+LAST_LOOK = 2.0
 SHARE = 20  # times what a look costs, between two looks: rank 0 makes shards besides
 PAUSE = 5.0  # seconds between two shards, in which a worker's speed still counts
 AT_WORK = ("busy", "straggling")
@@ -62,7 +63,8 @@ def look(run: RunDir) -> Look:
     alive = {each.word.shard for each in heard if not each.gone}
     lost = missing - alive  # whatever of a dead worker is whole or in other hands is no news
     workers = [_seen(each, status.usual) for each in heard if not each.gone or each.word.shard in lost]
-    in_hand = {seen.word.shard: seen.word for seen in workers if seen.state in AT_WORK and seen.word.shard in missing}
+    at_work = [seen.word for seen in workers if seen.state in AT_WORK and seen.word.shard in missing]
+    in_hand = {word.shard: word for word in sorted(at_work, key=lambda word: word.made)}  # of two copies, the further
     made = status.ok + sum(status.failed.values()) + sum(word.made for word in in_hand.values())
     halves = [{str(name): value for name, value in word.spent.items()} for word in in_hand.values()]
     seconds = {name: value + sum(half.get(name, 0.0) for half in halves) for name, value in status.seconds.items()}
@@ -116,7 +118,7 @@ def say_terms(plan: Plan) -> None:
 
 @contextlib.contextmanager
 def bar(run: RunDir) -> Iterator[None]:
-    """Tell of a run until the block ends, whoever works on it."""
+    """Tell of a run until the block ends, whoever works on it. A store that does not answer holds up no end."""
     ended = threading.Event()
     teller = threading.Thread(target=_tell, args=(run, len(run.published()), ended), daemon=True)
     teller.start()
@@ -124,7 +126,7 @@ def bar(run: RunDir) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        teller.join()
+        teller.join(timeout=LAST_LOOK)
 
 
 def _tell(run: RunDir, whole: int, ended: threading.Event) -> None:

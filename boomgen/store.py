@@ -11,7 +11,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from upath import UPath
 
 from boomgen import manifest
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.places import Place, StorageError, exists, files, insist, line, place
+from boomgen.places import Place, StorageError, bulk, exists, files, insist, line, place, upload
 from boomgen.shard import (
     DONE,
     PART,
@@ -40,7 +40,7 @@ FAILPOINTS = ("tar-put", "part-placed", "record-put")
 CARD, CLOSING = "README.md", "dataset.json"
 CLAIM = "plan.sha256"
 """The object that says whose shards lie here."""
-AT_ONCE = 16  # copies within the store
+AT_ONCE = 16  # requests that copy or remove a tar
 Change = Callable[[pa.Table], pa.Table]
 
 
@@ -143,7 +143,7 @@ class Bucket:
 
     def __init__(self, url: str, run: Path) -> None:
         self.url, self.run = UPath(place(url)), run
-        self.dataset, self._fs = self.url / "dataset", files(self.url)
+        self.dataset, self._fs, self._bulk = self.url / "dataset", files(self.url), bulk(self.url)
         self._placed = dict[int, str]()  # known once the run is closed
 
     def whole(self) -> set[int]:
@@ -174,13 +174,18 @@ class Bucket:
         return self.dataset / name if name else self._tar(number)
 
     def publish(self, shard: ShardWriter) -> bool:
-        data, number = (shard.folder / DONE).read_bytes(), shard.number
+        number = shard.number
+        if self.holds(number):  # to put a tar takes long, and once the run is closed nobody would remove it
+            shard.abandon()
+            return False
+        data = (shard.folder / DONE).read_bytes()
         hashes = {name: file["sha256"] for name, file in unseal(data)["files"].items()}
         part, tar = self._private(number) / f"{hashes[PART]}.parquet", self.where(number) / f"{hashes[TAR]}.tar"
         with self._reached():
-            insist(lambda: self._fs.put_file(str(shard.folder / TAR), tar.path), tar)
+            upload(self._bulk, shard.folder / TAR, tar)
         failpoint("tar-put", number)
         part.parent.mkdir(parents=True, exist_ok=True)
+        sync(part.parent.parent)
         (shard.folder / PART).replace(part)
         sync(part.parent)
         failpoint("part-placed", number)
@@ -189,6 +194,8 @@ class Bucket:
         failpoint("record-put", number)
         if first:
             write_durable(part.parent / DONE, data)
+        elif self.part(number) != part:  # it may hold links that are to be destroyed
+            part.unlink(missing_ok=True)
         shard.abandon()
         return first
 
@@ -213,14 +220,20 @@ class Bucket:
     def close(self, tars: Mapping[int, str], texts: Mapping[str, bytes]) -> None:
         """Tars are copied within the store. The card comes last, since it says that all is there; then a shard's own
         copy goes."""
-        if not self.closed():
-            with self._reached(), ThreadPoolExecutor(AT_ONCE) as pool:
-                list(pool.map(lambda number: self._copy(self._tar(number), self.dataset / tars[number]), tars))
-                for name in sorted(texts, key=CARD.__eq__):
-                    self._put(self.dataset / name, texts[name])
-        with self._reached():
-            if left := [name for name in self._find() if name.endswith(".tar")]:
-                insist(lambda: self._fs.rm(left), self.url)
+        try:
+            if not self.closed():
+                self._place(tars, texts)
+        except BoomgenError:  # another finalise may have been first, and have removed what was to be copied
+            if not self.closed():
+                raise
+        with self._reached(), ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(self._remove, [name for name in self._find() if name.endswith(".tar")]))
+
+    def _place(self, tars: Mapping[int, str], texts: Mapping[str, bytes]) -> None:
+        with self._reached(), ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda number: self._copy(self._tar(number), self.dataset / tars[number]), tars))
+            for name in sorted(texts, key=CARD.__eq__):
+                self._put(self.dataset / name, texts[name])
 
     def claim(self, plan_sha256: str) -> None:
         """Take this place for a plan.
@@ -264,7 +277,11 @@ class Bucket:
         return insist(lambda: bytes(self._fs.cat_file(name.path)), name)
 
     def _copy(self, origin: UPath, target: UPath) -> None:
-        insist(lambda: self._fs.cp_file(origin.path, target.path), target)
+        insist(lambda: self._bulk.cp_file(origin.path, target.path), target)
+
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            insist(lambda: self._fs.rm_file(name), name)
 
     def _find(self) -> list[str]:
         """All that lies in the shards' folders."""

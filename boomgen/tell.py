@@ -19,6 +19,7 @@ WATCH_EVERY = 2.0  # seconds
 AGAIN = "\x1b[H\x1b[J"  # to the upper left, and clear what follows
 ROUTINE = re.compile(
     r"$|\s|Traceback |.* done: |part \d+/\d+ on |worker \d+ of \d+: |\d+/\d+ images|boomgen: stopped |[a-z_ ]+  "
+    r"|.*; asking again in \d+ s$"
 )
 """Lines in a log that tell of no failure, or nothing that another does not tell."""
 
@@ -39,20 +40,23 @@ def show_status(run: "RunDir", as_json: bool, watched: bool) -> "Status":
     """
     from boomgen.progress import line, look
 
-    while True:
-        found = look(run)
-        if as_json:
-            print(json.dumps(found.json()), flush=True)
-        elif watched and not sys.stdout.isatty():
-            print(printable(line(found)), flush=True)
-        else:
-            print((AGAIN if watched else "") + printable(_text(run, found)), flush=True)
-        if not watched or not found.status.missing:
-            return found.status
-        try:
+    found: Look | None = None
+    try:
+        while True:
+            found = look(run)
+            if as_json:
+                print(json.dumps(found.json()), flush=True)
+            elif watched and not sys.stdout.isatty():
+                print(printable(line(found)), flush=True)
+            else:
+                print((AGAIN if watched else "") + printable(_text(run, found)), flush=True)
+            if not watched or not found.status.missing:
+                return found.status
             time.sleep(WATCH_EVERY)
-        except KeyboardInterrupt:
-            return found.status
+    except KeyboardInterrupt:
+        if found is None:
+            raise
+        return found.status
 
 
 def _text(run: "RunDir", look: "Look") -> str:
@@ -95,14 +99,14 @@ def log_lines(run: "RunDir", failed: bool) -> Iterator[str]:
     """What the workers said; failed: one line for each row that failed, and for each attempt at a shard."""
     from boomgen.heartbeat import epitaph, words
 
-    if failed:
-        yield from run.failures()
-        missing = set(run.missing())
-        yield from (epitaph(heard) for heard in words(run) if heard.gone and heard.word.shard in missing)
     for path in sorted(run.logs.glob("*.log")):
         for said in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if not failed or not ROUTINE.match(said):
                 yield f"{path.stem}: {said}"
+    if failed:  # last, for it may have to reach for a store
+        yield from run.failures()
+        missing = set(run.missing())
+        yield from (epitaph(heard) for heard in words(run) if heard.gone and heard.word.shard in missing)
 
 
 def _next(found: "Status") -> str:

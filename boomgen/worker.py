@@ -6,8 +6,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,8 +135,9 @@ class Worker:
                         shard.row(made.entry["key"], made.members)
                 shard.touch()
             record = self._record(entries, clock.spent | {"total": time.perf_counter() - start})
-            shard.seal(manifest.table(entries), record)
-            self.run.store.publish(shard)
+            with _heard(shard, tick):
+                shard.seal(manifest.table(entries), record)
+                self.run.store.publish(shard)
         except BaseException:
             shard.abandon()
             raise
@@ -358,6 +361,26 @@ class NoiseAhead:
 
     def _draw(self, stream: Stream, step: int) -> Any:
         return normal(self.noise_keys, stream, step, self.shape, self.draw)
+
+
+@contextmanager
+def _heard(shard: ShardWriter, tick: Tick) -> Iterator[None]:
+    """Show every second that a shard goes on, while it is hashed and put: a large one takes longer than a batch."""
+    ended = Event()
+
+    def tell() -> None:
+        while not ended.wait(1.0):
+            with suppress(OSError):  # it is published, or nobody listens: the block ends soon
+                shard.touch()
+                tick(0)
+
+    teller = Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def _planned_file(path: Path, sha256: str) -> Path:

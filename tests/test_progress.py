@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,8 +71,8 @@ def test_a_look_counts_halves_and_names_who_straggles_or_is_silent(clock: None, 
     """Three batches of 5 s and 10 s are the longest silence. Of a shard in two hands the greater half counts; what a
     dead worker had counts no more, and once somebody else makes it, nobody speaks of it."""
     say(0, ago=2, shard=4, held=6, made=8, rows=40, up=100, spent=HALF)
-    say(1, ago=20, shard=5, held=21, made=4, rows=20, up=100)  # 41 s are more than twice the usual 20
-    say(2, ago=24, shard=5, held=1, made=8, rows=30, up=100)
+    say(1, ago=20, shard=5, held=21, made=8, rows=20, up=100)  # 41 s are more than twice the usual 20
+    say(2, ago=24, shard=5, held=1, made=4, rows=30, up=100)
     say(3, ago=90, shard=6, held=1, made=8, rows=20, up=100)
     say(4, ago=90, shard=4, held=1, made=8)
     say(5, ago=20)
@@ -223,6 +224,18 @@ def test_the_driver_tells_of_a_run_and_its_events(
     assert (run.logs / "lost.log").read_text().endswith(" shard 5 lost: worker 1 died with exit code -9\n")
 
 
+def test_the_bar_ends_although_a_look_does_not(run: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a store does not answer: who stops a run waits for its exit code, not for that."""
+    answered, asked = threading.Event(), threading.Event()
+    monkeypatch.setattr(progress, "LAST_LOOK", 0.01)
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.01)
+    monkeypatch.setattr(progress, "look", lambda run: asked.set() or answered.wait())
+    run.published = set  # type: ignore[method-assign]
+    with progress.bar(run):
+        assert asked.wait(60)
+    answered.set()
+
+
 def two_at_work(run: RunDir, capsys: pytest.CaptureFixture[str], pids: list[int]) -> bool:
     """Whether `status` sees two workers of a real run at work; if it does, what it says of them must hold."""
     capsys.readouterr()
@@ -266,3 +279,20 @@ def test_a_watch_looks_until_all_is_whole_and_reads_each_record_once(
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     assert main(["status", str(run.path), "--watch"]) == 0
     assert capsys.readouterr().out.startswith("\x1b[H\x1b[Jrows    32 ok of 32\n")
+
+
+def test_ctrl_c_in_the_midst_of_a_look_ends_the_watching_alone(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, looks = plan_tiny(tmp_path / "run", limit=32), list[Path]()
+
+    def seen(run: RunDir) -> Look:
+        looks.append(run.path)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        return look(run)
+
+    monkeypatch.setattr(progress, "look", seen)
+    monkeypatch.setattr(tell, "WATCH_EVERY", 0.0)
+    assert main(["status", str(run.path), "--watch"]) == 0
+    assert capsys.readouterr().out == "0/32 images, nobody at work\n"

@@ -21,7 +21,7 @@ from typing import Any
 
 from boomgen.engines.crew import Crew
 from boomgen.engines.handout import Event, HandOut, set_aside
-from boomgen.engines.local import OFFLINE, SECRETS, gist, serve_shard, write_log
+from boomgen.engines.local import OFFLINE, gist, serve_shard, write_log
 from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
 from boomgen.heartbeat import Telling, forget
@@ -128,7 +128,7 @@ class RayEngine(Crew[_Hand]):
         super().__init__(run)
         self.kind, self.workers, self.address = kind, workers, address
         self.allow_mixed, self.patience = allow_mixed, patience
-        told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS) or SECRETS.search(name)}
+        told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS)}
         self.environ = told | OFFLINE
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Lock, Thread
+from time import sleep
 from typing import Any
 
 import s3fs
@@ -24,7 +25,7 @@ REFUSALS = {
     "500": ("InternalError", "We encountered an internal error. Please try again."),
     "503": ("SlowDown", "Please reduce your request rate."),
 }
-KINDS = (*REFUSALS, "cut", "hang", "lost")
+KINDS = (*REFUSALS, "cut", "hang", "lost", "stall")
 HOPS = {"connection", "transfer-encoding", "content-length", "host", "expect"}
 HELD = 300  # seconds, beyond every client's patience
 
@@ -74,6 +75,7 @@ class S3:
 
         '403', '500', '503': S3's own refusals. 'cut': the connection ends inside a GET's answer or a PUT's body.
         'hang': no answer while the client waits. 'lost': the request is carried out, and the connection ends.
+        'stall': nothing of a PUT's body is taken.
         """
         assert kind in KINDS
         self.faults.append(Fault(kind, times, method, path))
@@ -107,6 +109,8 @@ class _Proxy(BaseHTTPRequestHandler):
         if kind == "cut" and self.command != "GET":
             self.rfile.read(length // 2)
             self._end()
+        elif kind == "stall":
+            sleep(HELD)
         elif kind == "hang":
             self.rfile.read(length)
             self.connection.settimeout(HELD)

@@ -13,12 +13,13 @@ import pytest
 import webdataset
 from webdataset.gopen import gopen_schemes
 
-from boomgen import manifest, places
+from boomgen import manifest, places, store
 from boomgen.cli import main
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.job import Launch
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
+from boomgen.shard import sealed
 from boomgen.store import FAILPOINTS, Bucket
 from boomgen.verify import remake, verify
 from boomgen.worker import Worker
@@ -54,7 +55,7 @@ def plan_away(plan_tiny: PlanTiny, tmp_path: Path, secret_file: Path) -> PlanAwa
 
 def held(folder: Any) -> dict[str, bytes]:
     """Every file below a folder or URL: name -> content."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
+    paths = places.walk(folder)
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -80,7 +81,7 @@ def test_a_run_in_a_store_is_the_run_on_disk(
     s3: S3, plan_away: PlanAway, tmp_path: Path, job: Any, capsys: Any
 ) -> None:
     """Data set and manifest, byte for byte; closing it again changes nothing; rows are made again from it."""
-    url = "memory://bucket/a run" if job is AUGMENT else f"{s3.url}/a run"
+    url = f"{'memory://bucket' if job is AUGMENT else s3.url}/a run[1]?"  # means something to patterns
     run = finish(plan_away(url, **job))
     same(run, finish(RunDir(tmp_path / "here")))
     before = held(run.dataset.parent) | held(run.path)
@@ -134,21 +135,47 @@ def test_killed_at_every_moment(s3: S3, plan_away: PlanAway, tmp_path: Path) -> 
     same(RunDir(run.path), finish(RunDir(tmp_path / "here")))
 
 
-def test_who_was_first_is_decided_by_the_store(s3: S3, plan_away: PlanAway) -> None:
-    """A shard's record and a place's claim are put on a condition: a look before would come too early."""
-    run, first = plan_away(f"{s3.url}/run"), list[bytes]()
+def test_who_was_first_is_decided_by_the_store(s3: S3, plan_away: PlanAway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard's record and a place's claim are put on a condition: a look before would come too early. What the other
+    placed here is its part alone, as where links have been destroyed since."""
+    run = plan_away(f"{s3.url}/run")
     record, claim = (f"{s3.bucket}/run/{name}" for name in ("shards/00000/done.json", "plan.sha256"))
+    others = sealed({"files": {name: {"sha256": "0" * 64} for name in ("manifest.parquet", "data.tar")}})
 
-    def overtake(rows: int) -> None:
-        if not first:
-            first.append(b"of another worker")
-            s3.behind.pipe_file(record, first[0])
+    def overtake(moment: str, shard: int) -> None:
+        if moment == "tar-put":
+            s3.behind.pipe_file(record, others)
 
-    Worker(run).make_shard(0, overtake)
-    assert [s3.behind.cat_file(record)] == first
+    monkeypatch.setattr(store, "failpoint", overtake)
+    Worker(run).make_shard(0)
+    assert s3.behind.cat_file(record) == others
+    assert list(run.shard(0).iterdir()) == []
     with pytest.raises(UsageError, match="/run holds another run; use another --out"):
         Bucket(f"{s3.url}/run", run.path).claim("0" * 64)
     assert s3.behind.cat_file(claim).decode().split() == [run.plan_sha256]
+
+
+def test_a_shard_that_is_whole_is_not_put_again(s3: S3, plan_away: PlanAway, tmp_path: Path) -> None:
+    """A straggler may end after the run was closed: its tar would stay for ever."""
+    run = plan_away(f"{s3.url}/run")
+    slow = Worker(RunDir(run.path))
+    finish(run)
+    s3.asked.clear()
+    slow.make_shard(0)
+    assert not [line for line in s3.asked if line.startswith("PUT")]
+    same(run, finish(RunDir(tmp_path / "here")))
+
+
+def test_of_two_that_close_a_run_one_is_late(
+    s3: S3, plan_away: PlanAway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looked before the other had put the card, and finds nothing to copy."""
+    run, early = finish(plan_away(f"{s3.url}/run")), [False]
+    late, closed = RunDir(run.path), Bucket.closed
+    monkeypatch.setattr(Bucket, "closed", lambda self: early.pop() if early else closed(self))
+    late.store.close({0: "data/train-00000-of-00007.tar"}, {})
+    assert not early
+    same(run, finish(RunDir(tmp_path / "here")))
 
 
 FAULTS = [
@@ -163,7 +190,7 @@ FAULTS = [
     ("503", "GET", "list-type"),
     ("lost", "PUT", "dataset/data"),
     ("500", "PUT", "README.md"),
-    ("lost", "POST", "delete"),
+    ("lost", "DELETE", "shards/"),
 ]
 
 
@@ -225,6 +252,34 @@ def test_damage_in_the_store_is_named(s3: S3, plan_away: PlanAway) -> None:
     assert s3.met == {"cut": 1}
 
 
+def test_a_large_file_goes_up_in_parts_of_which_each_is_sent_again(s3: S3, tmp_path: Path) -> None:
+    """Though two of its parts fail, and its connection hangs with nothing taken, it goes up once."""
+    large, there = tmp_path / "large", places.place(f"{s3.url}/large")
+    with large.open("wb") as file:
+        file.truncate(101 * 2**20)
+    for kind, part in (("503", 1), ("cut", 2)):
+        s3.fault(kind, 2, "PUT", f"partNumber={part}")
+    places.upload(places.bulk(there), large, there)
+    assert s3.met == {"503": 2, "cut": 2}
+    assert len([line for line in s3.asked if "uploads" in line]) == 1
+    assert s3.behind.info(f"{s3.bucket}/large")["size"] == large.stat().st_size
+
+
+def test_an_upload_of_which_nothing_is_taken_is_given_up(
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No client notices: the server has not begun to answer, so nothing is late."""
+    large, there = tmp_path / "large", places.place(f"{s3.url}/large")
+    large.write_bytes(bytes(2**25))  # more than sockets hold
+    monkeypatch.setattr(places, "START", 1.0)
+    monkeypatch.setattr(places, "SLOWEST", 2**25)
+    fault = s3.fault("stall", 1, "PUT")
+    places.upload(places.bulk(there), large, there)
+    assert fault.met == 1
+    assert s3.behind.info(f"{s3.bucket}/large")["size"] == 2**25
+    assert capsys.readouterr().err.endswith("; asking again in 0 s\n")
+
+
 # Wrong use ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,8 +292,8 @@ def test_another_run_s_place_is_refused(s3: S3, plan_away: PlanAway, complaint: 
     line[line.index("--out") + 1] = f"{s3.url}/elsewhere"
     said = complaint(*line, "--private-dir", run.path)
     assert said == (
-        f"{run.path} was planned with out {s3.url}/run (now {s3.url}/elsewhere); use another --out, or boomgen resume "
-        f"{run.path}"
+        f"{run.path} was planned with out {s3.url}/run (now {s3.url}/elsewhere); use another --private-dir, or boomgen "
+        f"resume {run.path}"
     )
     line[line.index("--out") + 1] = "s3://no-such-bucket/run"
     said = complaint(*line, "--private-dir", tmp_path / "other", code=1)
