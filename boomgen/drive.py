@@ -100,7 +100,7 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
 
     Raises:
         UsageError: a part or shards are named, and a launcher started several processes, which would all make them.
-        BoomgenError: shards failed for good; the others are whole.
+        BoomgenError: shards failed for good; the others are whole. Or an element of an array makes no progress.
     """
     rank = rank_of(os.environ)
     if rank and (part or shards is not None):
@@ -108,13 +108,15 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
     missing = run.missing()
     if shards is not None:
         missing = sorted(set(shards) & set(missing))
+    if part:
+        missing = own(missing, part)
     try:
         with _signals(), bar(run) if is_first() and part is None and shards is None else nullcontext():
-            _work(run, launch, own(missing, part) if part else missing, part or rank or Rank(0, 1, 0))
+            _work(run, launch, missing, part or rank or Rank(0, 1, 0))
     except Stopped as err:
         err.run = run.path
         if str(err) == signal.SIGUSR1.name:
-            requeue()
+            requeue(progress=not run.published().isdisjoint(missing))
         raise
 
 

@@ -213,12 +213,24 @@ def _ask(*command: str, text: str = "") -> str:
     return done.stdout.strip()
 
 
-def requeue() -> bool:
+def requeue(progress: bool) -> bool:
     """Have SLURM run this element of an array again, whose time was about to end. False: it is none, or SLURM refused.
 
     SLURM then sends TERM to all that runs in the job, which has nothing more to do: from here on signals are ignored.
+
+    `progress`: whether a shard became whole in this start. A first one may have waited for a cold cache; where a later
+    one makes none either, the time limit is shorter than a shard, and the element would be requeued for ever.
+
+    Raises:
+        BoomgenError: no progress, and this was not the first start.
     """
     array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if array and restarts and not progress:
+        raise BoomgenError(
+            f"no shard became whole in start {restarts + 1} of this element; give a longer --time, or plan with a "
+            "smaller --shard-size"
+        )
     if not array or not element:
         return False
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from boomgen.engines.slurm import Scripts, SlurmOptions, requeue, scripts
 from boomgen.errors import UsageError
 
 from ..conftest import Complaint, PlanTiny
+from ..driver import Driver
 from ..finished import finish
+from ..test_bytes import LONG
 
 HOSTILE = ["a b", "$(touch x)", "`touch x`", "';touch x;'", '"', "%j %% 100%", "#SBATCH --wrap=x", "-n", "é ∕ {run}"]
 
@@ -193,10 +196,39 @@ def test_only_what_is_missing_is_printed(
 
 def test_only_an_element_of_an_array_is_requeued(tmp_path: Path) -> None:
     """And a machine that cannot ask says so."""
-    assert not requeue()
-    asks = "from boomgen.engines.slurm import requeue; print(requeue())"
+    assert not requeue(progress=True)
+    asks = "from boomgen.engines.slurm import requeue; print(requeue(progress=False))"
     env = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "PATH": str(tmp_path), "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", asks], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     why = "scontrol: No such file or directory; expected a machine where SLURM's commands are"
     assert done.stderr == f"not requeued: {why}\n"
+
+
+NEVER = {"steps": 1000, "shard_size": 100}  # one shard, whose time no test waits for
+
+
+@pytest.mark.parametrize(
+    ("job", "whole", "code", "said"),
+    [
+        (LONG, 1, 75, "boomgen: stopped (SIGUSR1); what is whole stays"),
+        (NEVER, 0, 1, "boomgen: no shard became whole in start 2 of this element; give a longer --time, "),
+    ],
+    ids=["progress", "none"],
+)
+def test_an_element_that_makes_no_progress_is_not_requeued_again(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Any, whole: int, code: int, said: str
+) -> None:
+    """Else it would be for ever, where a time limit is shorter than a shard, and nothing would close the run."""
+    run = plan_tiny(tmp_path / "run", **job)
+    for name, value in {"ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "0", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no scontrol
+    going = Driver(run, "boomgen", "work", str(run.path), "--part", "0/1")
+    going.wait_for(lambda: len(run.published()) >= whole and any(run.staging.glob("*")))
+    going.process.send_signal(signal.SIGUSR1)
+    ended, _, err = going.end()
+    assert ended == code, err
+    assert err.splitlines()[-1].startswith(said)
+    assert ("not requeued: scontrol: No such file" in err) == (code == 75)
+    assert not list(run.staging.iterdir())
