@@ -172,6 +172,18 @@ def test_an_image_is_run_by_apptainer(tmp_path: Path, stand_in: Any) -> None:
         assert stand_in(closing) == [*start, "finalise", "/run"]
 
 
+def test_a_container_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    """However soon it is gone: of 50 starts, in each."""
+    (array,), _ = texts(container="docker://owner/name")
+    (tmp_path / "apptainer").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    for path, code in ((tmp_path, 3), (tmp_path / "none", 127)):
+        env = {"PATH": f"{path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "0"}
+        many = f"for i in {{1..50}}; do ( {array}\n ) ; echo $?; done"
+        done = subprocess.run(["bash", "-c", many], env=env, capture_output=True, text=True, check=True, timeout=60)
+        assert [line for line in done.stdout.splitlines() if line.isdecimal()] == [str(code)] * 50
+
+
 @pytest.mark.parametrize("name", ["ray.sbatch", "accelerate.sbatch"])
 def test_the_shipped_documents_are_scripts(name: str) -> None:
     script = catalog.shipped("slurm") / name

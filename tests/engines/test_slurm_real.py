@@ -1,5 +1,6 @@
 """What a real SLURM makes of the scripts, beyond what all engines bear (test_conformance): signals, names, limits."""
 
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -17,9 +18,10 @@ from ..finished import made
 from ..test_bytes import LONG
 from .engines import Slurm
 from .slurm_cluster import Cluster
-from .test_slurm import HOSTILE, texts
+from .test_slurm import HOSTILE, NEVER, texts
 
 Submit = Callable[..., tuple[list[str], str]]
+Image = Callable[[str], tuple[str, Path]]
 
 
 @pytest.fixture
@@ -31,6 +33,29 @@ def submit(slurm: Slurm) -> Submit:
         return arrays, closing
 
     return of
+
+
+@pytest.fixture
+def image(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Image:
+    """A stand-in for apptainer on the nodes, which runs this in place of an image's boomgen; the options that use it.
+
+    As an image, it holds nothing of SLURM.
+    """
+
+    def of(command: str) -> tuple[str, Path]:
+        program = tmp_path / "bin" / "apptainer"
+        program.parent.mkdir()
+        program.write_text(f'#!/bin/sh\nshift 3\nPATH=/no/scontrol exec {command} "$@"\n')
+        program.chmod(0o755)
+        monkeypatch.setitem(cluster.env, "PATH", f"{program.parent}:{os.environ['PATH']}")
+        return "--container", program.parent
+
+    return of
+
+
+def warn(cluster: Cluster, element: str) -> None:
+    """As SLURM does before the end of time."""
+    cluster.run("scancel", "--signal=USR1", "--batch", element)
 
 
 def log(run: RunDir, name: str) -> str:
@@ -80,31 +105,49 @@ def test_a_cancelled_array_leaves_nothing_half_made_and_is_resumed_here(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("image", [False, True])
+@pytest.mark.parametrize("where", ["here", "in an image"])
 def test_the_warning_before_the_end_of_time_requeues(
-    cluster: Cluster, submit: Submit, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, image: bool
+    cluster: Cluster, submit: Submit, image: Image, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, where: str
 ) -> None:
-    """The worker drops its batch, and its element alone runs again. Also where the worker is in an image, of which a
-    stand-in for apptainer has none."""
+    """The worker drops its batch, and its element alone runs again, once."""
     run = plan_tiny(tmp_path / "run", **LONG)
-    more: list[Any] = []
-    if image:
-        (tmp_path / "bin").mkdir()
-        (tmp_path / "bin" / "apptainer").write_text(f'#!/bin/sh\nshift 3\nexec {sys.executable} -m boomgen "$@"\n')
-        (tmp_path / "bin" / "apptainer").chmod(0o755)
-        more = ["--container", tmp_path / "bin"]
-        cluster.env["PATH"] = f"{tmp_path / 'bin'}:{cluster.env['PATH']}"
-    (array,), closing = submit(run, *more)
+    (array,), closing = submit(run, *(image(f"{sys.executable} -m boomgen") if where == "in an image" else ()))
     in_mid_shard(cluster, run)
-    cluster.run("scancel", "--signal=USR1", "--batch", f"{array}_0")
+    warn(cluster, f"{array}_0")
     cluster.wait_for(lambda: cluster.states(array)[f"{array}_0"] == "PENDING")
     assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
     assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED"}
     whole(run, undisturbed)
     said = log(run, f"logs/slurm-{array}_0.log")
     assert re.findall(r"^part 0/2 on n\d, start (\d)$", said, re.MULTILINE) == ["1", "2"]
-    assert f"stopped ({'SIGTERM' if image else 'SIGUSR1'})" in said
+    assert "stopped (SIGUSR1)" in said
+    assert "not requeued" not in said
     assert "start 2" not in log(run, f"logs/slurm-{array}_1.log")
+
+
+@pytest.mark.slow
+def test_an_element_that_makes_no_progress_ends_and_the_closing_job_tells(
+    cluster: Cluster, submit: Submit, image: Image, plan_tiny: PlanTiny, tmp_path: Path
+) -> None:
+    """The first start may have waited for a cold cache; in the second, the time limit is shorter than a shard."""
+    run = plan_tiny(tmp_path / "run", **NEVER)
+    (array,), closing = submit(run, *image(f"{sys.executable} -m boomgen"))
+    for state in ("PENDING", "FAILED"):
+        cluster.wait_for(lambda: any(run.staging.glob("*")))
+        warn(cluster, f"{array}_0")
+        cluster.wait_for(lambda now=state: cluster.states(array)[f"{array}_0"] == now)
+    assert cluster.wait_ended(closing) == {closing: "FAILED"}
+    assert "no shard became whole in start 2 of this element; " in log(run, f"logs/slurm-{array}_0.log")
+    assert "1 of 1 shards are missing" in log(run, f"finalise-{closing}.log")
+
+
+def test_an_image_that_does_not_start_fails_its_element(
+    cluster: Cluster, submit: Submit, image: Image, plan_tiny: PlanTiny, tmp_path: Path
+) -> None:
+    run = plan_tiny(tmp_path / "run")
+    (array,), closing = submit(run, *image("/no/such/program"))
+    assert cluster.wait_ended(closing) == {closing: "FAILED"}
+    assert cluster.states(array) == {f"{array}_0": "FAILED", f"{array}_1": "FAILED"}
 
 
 @pytest.mark.slow
