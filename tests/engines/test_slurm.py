@@ -189,6 +189,7 @@ def test_the_shipped_documents_are_scripts(name: str) -> None:
     script = catalog.shipped("slurm") / name
     subprocess.run(["bash", "-n", script], check=True)
     assert {"nodes", "ntasks-per-node", "mem"} <= directives(script.read_text()).keys()
+    assert '\nexport SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" ' in script.read_text()  # else one core is bound
 
 
 def test_only_what_is_missing_is_printed(
