@@ -1,4 +1,5 @@
-"""A real SLURM in one folder: a controller and two nodes of one core on loopback, without munge, root or accounting."""
+"""A real SLURM in one folder: a controller and two nodes of one core and one made-up GPU on loopback, without munge,
+root or accounting."""
 
 import contextlib
 import getpass
@@ -102,10 +103,11 @@ def configuration(folder: Path) -> str:
         "ReturnToService": 2,
         "KillWait": 10,
         "MaxArraySize": MAX_ARRAY_SIZE,
+        "GresTypes": "gpu",
         "MailProg": "/bin/true",
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
-    where = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1 RealMemory=8000 State=UNKNOWN"
+    where = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1 RealMemory=8000 Gres=gpu:1 State=UNKNOWN"
     lines += [f"NodeName={name} Port={port} {where}" for name, port in zip(NODES, ports, strict=True)]
     lines += [f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
     return "\n".join(lines) + "\n"
@@ -118,6 +120,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         (folder / name).mkdir(parents=True)
     conf = folder.resolve() / "slurm.conf"  # slurmstepd hangs on a relative one
     conf.write_text(configuration(folder.resolve()))
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File=/dev/null\n")  # any device will do
     cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)}, {})
     try:
         cluster.mend()

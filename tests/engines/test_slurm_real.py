@@ -3,12 +3,14 @@
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from boomgen import catalog
 from boomgen.run import RunDir
 from boomgen.verify import verify
 from boomgen.worker import Worker
@@ -44,7 +46,7 @@ def image(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
     def of(command: str) -> tuple[str, Path]:
         program = tmp_path / "bin" / "apptainer"
-        program.parent.mkdir()
+        program.parent.mkdir(exist_ok=True)
         program.write_text(f'#!/bin/sh\nshift 3\nPATH=/no/scontrol exec {command} "$@"\n')
         program.chmod(0o755)
         monkeypatch.setitem(cluster.env, "PATH", f"{program.parent}:{os.environ['PATH']}")
@@ -141,6 +143,16 @@ def test_an_element_that_makes_no_progress_ends_and_the_closing_job_tells(
     assert "1 of 1 shards are missing" in log(run, f"finalise-{closing}.log")
 
 
+def test_devices_that_are_asked_for_reach_a_worker(
+    cluster: Cluster, submit: Submit, image: Image, plan_tiny: PlanTiny, tmp_path: Path
+) -> None:
+    run = plan_tiny(tmp_path / "run")
+    for gres, seen in (("gpu:1", "start 1\n0\n"), ("none", "start 1\n")):
+        (array,), closing = submit(run, "--gres", gres, *image("/usr/bin/printenv CUDA_VISIBLE_DEVICES #"))
+        cluster.wait_ended(closing)
+        assert log(run, f"logs/slurm-{array}_1.log").endswith(seen)
+
+
 def test_an_image_that_does_not_start_fails_its_element(
     cluster: Cluster, submit: Submit, image: Image, plan_tiny: PlanTiny, tmp_path: Path
 ) -> None:
@@ -164,6 +176,48 @@ def test_more_elements_than_an_array_can_have_are_several_arrays(
     assert [cluster.states(array) for array in arrays] == [
         {f"{array}_{element}": "COMPLETED"} for array, element in zip(arrays, (2, 1), strict=True)
     ]
+    whole(run, undisturbed)
+
+
+PRIVATE_RAY = """#!/bin/sh
+# `ray stop` ends all Ray of this machine, and symmetric-run wants none: here they see their own processes alone
+PATH={bin}:$PATH exec unshare --user --map-root-user --pid --fork --kill-child --mount-proc \\
+    bash -c 'ray "$@"; exit $?' ray "$@"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "nodes", "said"),
+    [
+        ("accelerate", 2, ["worker 0 of 2: 7 shards on cpu", "worker 1 of 2: 6 shards on cpu"]),
+        ("ray", 1, ["Head node started.", "Running command on head node"]),  # two nodes here would share an address
+    ],
+)
+def test_the_shipped_documents_make_a_run(
+    cluster: Cluster,
+    plan_tiny: PlanTiny,
+    undisturbed: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    nodes: int,
+    said: list[str],
+) -> None:
+    """As they are, but for the size of the job."""
+    run, programs = plan_tiny(tmp_path / "run", **LONG), Path(sys.executable).parent
+    (tmp_path / "ray").write_text(PRIVATE_RAY.format(bin=programs))
+    (tmp_path / "ray").chmod(0o755)
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as short:  # of Ray's sockets
+        more = {"PATH": f"{tmp_path}:{programs}:{os.environ['PATH']}", "RAY_TMPDIR": short, "OMP_NUM_THREADS": "1"}
+        for variable, value in more.items():
+            monkeypatch.setitem(cluster.env, variable, value)
+        size = [f"--nodes={nodes}", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=4G", "--time=10"]
+        script = catalog.shipped("slurm") / f"{name}.sbatch"
+        where = f"--output={tmp_path / 'job.log'}"
+        job = cluster.run("sbatch", "--parsable", *size, where, script, run.path).strip()
+        assert cluster.wait_ended(job) == {job: "COMPLETED"}, (tmp_path / "job.log").read_text()
+    assert [words for words in said if words not in (tmp_path / "job.log").read_text()] == []
     whole(run, undisturbed)
 
 
