@@ -14,6 +14,19 @@ from typing import Any, NamedTuple
 
 NODES = ("n1", "n2")
 MAX_ARRAY_SIZE = 11
+ONLY_GPUS = """
+function slurm_job_submit(job, partitions, user)
+    if job.partition == "gpus" and not job.tres_per_node then
+        slurm.log_user("only jobs with a GPU")
+        return slurm.ERROR
+    end
+    return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user)
+    return slurm.SUCCESS
+end
+"""
+"""The rule of the partition `gpus`, such as many clusters have."""
 
 
 class Cluster(NamedTuple):
@@ -55,7 +68,9 @@ class Cluster(NamedTuple):
     def mend(self) -> None:
         """Start the daemons that are not there, and wait until every node takes jobs."""
         self.start()
-        self.wait_for(lambda: self.run("sinfo", "-hNo%t", check=False).split() == ["idle"] * len(NODES), seconds=60)
+        self.wait_for(
+            lambda: self.run("sinfo", "-pmain", "-hNo%t", check=False).split() == ["idle"] * len(NODES), seconds=60
+        )
 
     def wait_ended(self, job: str) -> dict[str, str]:
         """The last states of a job's elements."""
@@ -104,12 +119,14 @@ def configuration(folder: Path) -> str:
         "KillWait": 10,
         "MaxArraySize": MAX_ARRAY_SIZE,
         "GresTypes": "gpu",
+        "JobSubmitPlugins": "lua",
         "MailProg": "/bin/true",
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
     where = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1 RealMemory=8000 Gres=gpu:1 State=UNKNOWN"
     lines += [f"NodeName={name} Port={port} {where}" for name, port in zip(NODES, ports, strict=True)]
-    lines += [f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
+    where = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
+    lines += [f"PartitionName=main Default=YES {where}", f"PartitionName=gpus {where}"]
     return "\n".join(lines) + "\n"
 
 
@@ -121,6 +138,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
     conf = folder.resolve() / "slurm.conf"  # slurmstepd hangs on a relative one
     conf.write_text(configuration(folder.resolve()))
     (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File=/dev/null\n")  # any device will do
+    (folder / "job_submit.lua").write_text(ONLY_GPUS)
     cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)}, {})
     try:
         cluster.mend()

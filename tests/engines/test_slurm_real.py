@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from boomgen import catalog
+from boomgen.engines.slurm import Scripts
+from boomgen.engines.slurm import submit as submit_scripts
+from boomgen.errors import BoomgenError
 from boomgen.run import RunDir
 from boomgen.verify import verify
 from boomgen.worker import Worker
@@ -235,3 +238,43 @@ def test_what_sbatch_refuses_is_one_line(
     monkeypatch.setenv("PATH", str(tmp_path))
     said = complaint("slurm", run.path, "--submit", code=1)
     assert said == "scontrol: No such file or directory; expected a machine where SLURM's commands are"
+
+
+def test_an_array_stays_where_only_the_closing_job_is_refused(
+    cluster: Cluster, plan_tiny: PlanTiny, tmp_path: Path, complaint: Complaint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The partition takes only jobs with a GPU: submitting again would be refused for ever."""
+    run = plan_tiny(tmp_path / "run")
+    run.logs.mkdir()
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    monkeypatch.setattr(sys, "executable", "/bin/true")
+    monkeypatch.setenv("SBATCH_OUTPUT", "/dev/null")
+    asked = ("--partition", "gpus", "--gres", "gpu:1", "--array-size", 1, "--cpus-per-task", 1, "--mem", "1G")
+    said = complaint("slurm", run.path, "--submit", *asked, code=1)
+    array = said.split()[1]
+    assert said == (
+        f"array {array} is submitted, but not the job that closes the run: sbatch: error: only jobs with a GPU sbatch: "
+        f"error: Batch job submission failed: Unspecified error; when it has ended: boomgen finalise {run.path}"
+    )
+    assert cluster.wait_ended(array) == {f"{array}_0": "COMPLETED"}
+
+
+def test_the_closing_job_waits_for_all_arrays_and_of_several_all_or_none_are_submitted(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arrays, closing = texts(tmp_path, mem="1G", array_size=1)
+    later = [
+        "#!/bin/bash\n#SBATCH --hold --output=/dev/null\n" + text.partition("\n")[2] for text in (*arrays, closing)
+    ]
+    refused = arrays[0].replace("#SBATCH", "#SBATCH --partition=no-such\n#SBATCH", 1)
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    said = submit_scripts(Scripts([later[0]] * 2, later[1]), tmp_path)
+    first, second, waiting = (line.split()[1] for line in said.splitlines()[:3])
+    assert cluster.told(waiting, "Dependency") == f"afterany:{first}_*(unfulfilled),afterany:{second}_*(unfulfilled)"
+    assert "KillOInInvalidDependent=Yes" in cluster.run("scontrol", "show", "job", waiting)
+    cluster.run("scancel", first, second, waiting)
+    before = set(cluster.run("squeue", "-hrtall", "-o%i").split())
+    with pytest.raises(BoomgenError, match="Invalid partition name specified; mend that and submit again with"):
+        submit_scripts(Scripts([later[0], refused], closing), tmp_path)
+    (job,) = set(cluster.run("squeue", "-hrtall", "-o%i").split()) - before
+    assert cluster.wait_ended(job) == {job: "CANCELLED"}
