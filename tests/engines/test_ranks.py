@@ -101,13 +101,20 @@ def test_a_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "6"
 
 
-def test_parts_together_are_the_run(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
-    """As tasks of an array make them, one twice, one of them of chosen shards; each closes nothing."""
+def test_parts_together_are_the_run(
+    plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As tasks of an array make them, one twice, one of them of chosen shards; each closes nothing, and tells of its
+    own shards alone, without a look at what others made."""
     run = plan_tiny(tmp_path / "run")
     assert main(["work", str(run.path), "--part", "2/3"]) == 0
     assert run.published() == {2, 5}
+    assert capsys.readouterr().out == "part 2/3: 2 of 2 shards whole\n"
+    (run.shard(5) / "done.json").rename(tmp_path / "done.json")
     assert main(["work", str(run.path), "--shards", "0-2,6"]) == 0
     assert run.published() == {0, 1, 2, 5, 6}
+    assert capsys.readouterr().out == "shards 0-2,6: 4 of 4 shards whole\n"
+    (tmp_path / "done.json").rename(run.shard(5) / "done.json")
     for number in (1, 2, 0):
         assert main(["work", str(run.path), "--part", f"{number}/3"]) == 0
     assert not run.dataset.exists()
