@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import platform
 import random
 import signal
 import subprocess
@@ -13,10 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from boomgen import env
+from boomgen import env, prepare
 from boomgen.cli import main
 from boomgen.engines.ranks import Rank, in_order, own, part, rank_of
 from boomgen.errors import BoomgenError, UsageError
+from boomgen.job import Launch
 from boomgen.run import RunDir, numbers, ranges
 
 from ..conftest import Complaint, PlanTiny
@@ -130,6 +132,24 @@ def test_parts_together_are_the_run(
 def closed(run: RunDir) -> dict[str, str]:
     assert main(["finalise", str(run.path)]) == 0
     return made(run)
+
+
+def test_whoever_waits_for_a_plan_asks_whether_all_nodes_see_its_folder(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a disk of one node alone, it would wait for ever. Here the plan comes after a minute."""
+    run, slept = plan_tiny(tmp_path / "planned"), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if sum(slept) > 60:
+            run.path.rename(tmp_path / "run")
+
+    monkeypatch.setattr(prepare.time, "sleep", sleep)
+    monkeypatch.chdir(tmp_path)
+    assert prepare.await_plan(run.plan.job, Launch(out="run", device="cpu")).missing()
+    said = f"{platform.node()}: waiting for rank 0 to plan {tmp_path}/run; do all nodes see this folder?\n"
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.parametrize("name", ["accelerate", pytest.param("torchrun", marks=pytest.mark.slow)])
