@@ -186,16 +186,22 @@ def test_killed_ranks_start_again(name: str, flag: str, plan_tiny: PlanTiny, und
 
 
 @pytest.mark.slow
-def test_two_machines(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "torch.distributed.run --nnodes 2 --nproc-per-node 1 --master-addr 127.0.0.1 --master-port {port} "
+        "--node-rank {node}",
+        "accelerate.commands.launch --multi_gpu --num_machines 2 --num_processes 2 --mixed_precision no "
+        "--dynamo_backend no --main_process_ip 127.0.0.1 --main_process_port {port} --machine_rank {node}",
+    ],
+    ids=["torchrun", "accelerate"],
+)
+def test_two_machines(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, line: str) -> None:
     """Two launchers with a rank each, that meet at a port."""
     run = plan_tiny(tmp_path / "run", **LONG)
-    port = str(random.SystemRandom().randrange(20000, 30000))
-    meeting = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
-    meeting += ["--master-addr", "127.0.0.1", "--master-port", port]
-    machines = [
-        Driver(run, "boomgen", "work", str(run.path), launcher=(*meeting, "--node-rank", str(node), "-m"))
-        for node in (0, 1)
-    ]
+    port = random.SystemRandom().randrange(20000, 30000)
+    starts = [(sys.executable, "-m", *line.format(port=port, node=node).split(), "-m") for node in (0, 1)]
+    machines = [Driver(run, "boomgen", "work", str(run.path), launcher=start) for start in starts]
     for machine in machines:
         code, _, err = machine.end()
         assert code == 0, err
