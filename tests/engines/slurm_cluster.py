@@ -4,10 +4,12 @@ root or accounting."""
 import contextlib
 import getpass
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -48,6 +50,11 @@ class Cluster(NamedTuple):
     def told(self, job: str, name: str) -> str:
         """One value that the controller knows of a job, such as ExitCode."""
         return self.run("scontrol", "show", "job", job).partition(f" {name}=")[2].split()[0]
+
+    def exits(self) -> Counter[int]:
+        """How many tasks ended with each exit code, as the nodes say: the controller forgets a requeued one."""
+        said = "".join((self.folder / f"slurmd.{node}.log").read_text() for node in NODES)
+        return Counter(map(int, re.findall(r"exited with exit code (\d+)", said)))
 
     def wait_for(self, true: Callable[[], Any], seconds: float = 120) -> Any:
         """What `true` returns once it is true."""
@@ -107,7 +114,7 @@ def configuration(folder: Path) -> str:
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core",
         "SchedulerType": "sched/backfill",
-        "SchedulerParameters": "bf_interval=1,sched_min_interval=0,batch_sched_delay=0",
+        "SchedulerParameters": "bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0",
         "SlurmctldPidFile": folder / "slurmctld.pid",
         "SlurmctldLogFile": folder / "slurmctld.log",
         "SlurmdPidFile": folder / "slurmd.%n.pid",
@@ -118,6 +125,7 @@ def configuration(folder: Path) -> str:
         "ReturnToService": 2,
         "KillWait": 10,
         "MaxArraySize": MAX_ARRAY_SIZE,
+        "SlurmdDebug": "verbose",
         "GresTypes": "gpu",
         "JobSubmitPlugins": "lua",
         "MailProg": "/bin/true",

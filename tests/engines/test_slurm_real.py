@@ -116,12 +116,14 @@ def test_the_warning_before_the_end_of_time_requeues(
 ) -> None:
     """The worker drops its batch, and its element alone runs again, once."""
     run = plan_tiny(tmp_path / "run", **LONG)
+    before = cluster.exits()
     (array,), closing = submit(run, *(image(f"{sys.executable} -m boomgen") if where == "in an image" else ()))
     in_mid_shard(cluster, run)
     warn(cluster, f"{array}_0")
     cluster.wait_for(lambda: cluster.states(array)[f"{array}_0"] == "PENDING")
     assert cluster.wait_ended(closing) == {closing: "COMPLETED"}
     assert cluster.states(array) == {f"{array}_0": "COMPLETED", f"{array}_1": "COMPLETED"}
+    assert cluster.exits() - before == {75: 1, 0: 3}  # the element's two starts, the other, the closing job
     whole(run, undisturbed)
     said = log(run, f"logs/slurm-{array}_0.log")
     assert re.findall(r"^part 0/2 on n\d, start (\d)$", said, re.MULTILINE) == ["1", "2"]
