@@ -15,7 +15,7 @@ from boomgen.engines.slurm import SlurmOptions, offer
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.job import ENHANCE, Job, Launch, build
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
-from boomgen.tell import columns, log_lines, show_status, status_text, table
+from boomgen.tell import columns, log_lines, part_text, show_status, status_text, table
 from boomgen.untrusted import printable
 
 DONE, ERROR, USAGE, INCOMPLETE_ROWS, STOPPED = 0, 1, 2, 3, 75
@@ -82,8 +82,11 @@ def work(args: argparse.Namespace) -> int:
     _, launch = job_and_launch({"mode": "anonymize", "dataset": "-", **given(args)})
     run = RunDir(args.run)
     shards = numbers(args.shards, run.plan.shards) if args.shards else None
-    drive.work(run, launch, ranks.part(args.part) if args.part else None, shards)
-    if drive.is_first():
+    part = ranks.part(args.part) if args.part else None
+    drive.work(run, launch, part, shards)
+    if part or shards is not None:
+        _say(part_text(run, args.part, args.shards, drive.chosen(run, part, shards)))
+    elif drive.is_first():
         _say(status_text(run.path))
     return DONE
 

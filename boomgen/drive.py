@@ -100,22 +100,26 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
 
     Raises:
         UsageError: a part or shards are named, and a launcher started several processes, which would all make them.
-        BoomgenError: shards failed for good; the others are whole.
+        BoomgenError: shards failed for good; the others are whole. Or an element of an array makes no progress.
     """
     rank = rank_of(os.environ)
     if rank and (part or shards is not None):
         raise UsageError(f"{rank.world_size} processes would all make the same shards; drop --part and --shards")
-    missing = run.missing()
-    if shards is not None:
-        missing = sorted(set(shards) & set(missing))
+    missing = sorted(set(chosen(run, part, shards)) & set(run.missing()))
     try:
         with _signals(), bar(run) if is_first() and part is None and shards is None else nullcontext():
-            _work(run, launch, own(missing, part) if part else missing, part or rank or Rank(0, 1, 0))
+            _work(run, launch, missing, part or rank or Rank(0, 1, 0))
     except Stopped as err:
         err.run = run.path
         if str(err) == signal.SIGUSR1.name:
-            requeue()
+            requeue(progress=not run.published().isdisjoint(missing))
         raise
+
+
+def chosen(run: RunDir, part: Rank | None, shards: Sequence[int] | None) -> list[int]:
+    """The shards of a part, or of those that are named; without both, all."""
+    named = sorted(set(shards)) if shards is not None else list(range(run.plan.shards))
+    return own(named, part) if part else named
 
 
 def _work(run: RunDir, launch: Launch, missing: list[int], rank: Rank) -> None:

@@ -197,7 +197,8 @@ def await_plan(job: Job, launch: Launch) -> RunDir:
         time.sleep(LOOK_AGAIN)
         waited += LOOK_AGAIN
         if waited % 60 < LOOK_AGAIN:
-            print(f"waiting for rank 0 to plan {out}", file=sys.stderr, flush=True)
+            waiting = f"{platform.node()}: waiting for rank 0 to plan {out.absolute()}; do all nodes see this folder?"
+            print(waiting, file=sys.stderr, flush=True)
     return reopen(out, resolved, launch)
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 WATCH_EVERY = 2.0  # seconds
 AGAIN = "\x1b[H\x1b[J"  # to the upper left, and clear what follows
 ROUTINE = re.compile(
-    r"$|\s|Traceback |.* done: |part \d+/\d+ on |worker \d+ of \d+: |\d+/\d+ images|boomgen: stopped |[a-z_ ]+  "
+    r"$|\s|Traceback |.* done: |part \d+/\d+( on |: )|worker \d+ of \d+: |\d+/\d+ images|boomgen: stopped |[a-z_ ]+  "
     r"|.*; asking again in \d+ s$"
 )
 """Lines in a log that tell of no failure, or nothing that another does not tell."""
@@ -31,6 +31,13 @@ def status_text(path: Path) -> str:
 
     run = RunDir(path)
     return _text(run, look(run))
+
+
+def part_text(run: "RunDir", part: str | None, shards: str | None, chosen: Sequence[int]) -> str:
+    """How far a part is, from one listing: of many workers, none reads what all have made."""
+    named = [f"part {part}"] if part else []
+    named += [f"shards {shards}"] if shards else []
+    return f"{', '.join(named)}: {len(run.published().intersection(chosen))} of {len(chosen)} shards whole"
 
 
 def show_status(run: "RunDir", as_json: bool, watched: bool) -> "Status":

@@ -176,7 +176,7 @@ def test_dead_workers_are_written_down_once(
     (run.logs / "worker-000.log").write_text("2026-01-01 10:00:00 shard 1 done: 16 of 16 rows, s: read 0.00\n")
     _serve_shard_that_fails(run)
     (run.logs / "slurm-7_1.log").write_text(
-        "part 1/4 on node1, start 1\nworker 1 of 4: 2 shards on cuda\nshards  4 of 10 whole, missing: number 4-9\n"
+        "part 1/4 on node1, start 1\nworker 1 of 4: 2 shards on cuda\npart 1/4: 2 of 2 shards whole\n"
         "boomgen: stopped (SIGUSR1); what is whole stays, go on with: boomgen resume r\n"
         "slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.\n"
     )

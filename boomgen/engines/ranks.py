@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
-from boomgen.engines.local import make_logged, write_log
+from boomgen.engines.local import gist, make_logged, write_log
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.heartbeat import BATCHES, SILENT, Telling, bury
 from boomgen.run import RunDir
@@ -102,7 +102,8 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
             if left == todo:
                 time.sleep(LOOK_AGAIN)
             todo = left
-    set_aside(maker.aside, run.path)
+    # Another rank may have made meanwhile what failed here.
+    set_aside({shard: why for shard, why in maker.aside.items() if not run.store.holds(shard)}, run.path)
 
 
 class _Maker:
@@ -123,7 +124,7 @@ class _Maker:
         except BoomgenError:
             raise
         except Exception as err:
-            self._count(shard, f"{type(err).__name__}: {err}")
+            self._count(shard, gist(err))
             return False
         self._in_a_row.clear()
         return True

@@ -28,6 +28,8 @@ MAX_ARRAY_SIZE = 1001
 WARNING = 120
 """Seconds before the time limit, as in the template: a worker drops its batch then, and is requeued."""
 
+AGAIN = "mend that and submit again with boomgen slurm"
+
 _NAMES = r"[\w.+@-]+(,[\w.+@-]+)*"
 _FORMS = {
     "time": (
@@ -173,27 +175,41 @@ def offer(run: "RunDir", options: SlurmOptions, submitted: bool) -> str:
     texts = scripts(run.path, found.planned, found.missing, run.plan.network.device, options, largest)
     run.logs.mkdir(exist_ok=True)  # SLURM makes no folders: without this one, a job fails and says nothing
     if submitted:
-        return submit(texts)
+        return submit(texts, run.path)
     return "\n".join((*texts.arrays, texts.closing)).rstrip()
 
 
-def submit(texts: Scripts) -> str:
+def submit(texts: Scripts, run: Path) -> str:
     """Submit the arrays, and the job that closes the run when all of them have ended, in whatever way.
 
     Raises:
-        BoomgenError: sbatch refused one; those before it are taken back.
+        BoomgenError: sbatch refused an array, and those before it are taken back; or the closing job alone, as a
+            partition for GPU jobs does: then the arrays stay.
     """
     jobs: list[str] = []
     try:
         for text in texts.arrays:
-            jobs.append(_ask("sbatch", "--parsable", text=text).partition(";")[0])
-        after = [f"--dependency=afterany:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"] if jobs else []
-        closing = _ask("sbatch", "--parsable", *after, text=texts.closing).partition(";")[0]
+            jobs.append(_sbatch(text))
     except BoomgenError:
         if jobs:
             _ask("scancel", *jobs)
         raise
+    closing = _submit_after(jobs, texts.closing, run) if jobs else _sbatch(texts.closing)
     return "\n".join([*(f"array     {job}" for job in jobs), f"finalise  {closing}", "watch     squeue --me"])
+
+
+def _submit_after(jobs: Sequence[str], closing: str, run: Path) -> str:
+    after = f"--dependency=afterany:{':'.join(jobs)}", "--kill-on-invalid-dep=yes"
+    these, it = (f"array {jobs[0]} is", "it has") if len(jobs) == 1 else (f"arrays {', '.join(jobs)} are", "they have")
+    try:
+        return _sbatch(closing, *after, hint=f"when {it} ended: boomgen finalise {shlex.quote(str(run))}")
+    except BoomgenError as err:
+        raise BoomgenError(f"{these} submitted, but not the job that closes the run: {err}") from err
+
+
+def _sbatch(text: str, *options: str, hint: str = AGAIN) -> str:
+    """The number of the job that a script became."""
+    return _ask("sbatch", "--parsable", *options, text=text, hint=hint).partition(";")[0]
 
 
 def max_array_size() -> int:
@@ -202,23 +218,35 @@ def max_array_size() -> int:
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 
-def _ask(*command: str, text: str = "") -> str:
+def _ask(*command: str, text: str = "", hint: str = AGAIN) -> str:
     try:
         done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
     except OSError as err:
         raise BoomgenError(f"{command[0]}: {err.strerror}; expected a machine where SLURM's commands are") from err
     if done.returncode:
         why = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
-        raise BoomgenError(f"{why}; mend that and submit again with boomgen slurm")
+        raise BoomgenError(f"{why}; {hint}")
     return done.stdout.strip()
 
 
-def requeue() -> bool:
+def requeue(progress: bool) -> bool:
     """Have SLURM run this element of an array again, whose time was about to end. False: it is none, or SLURM refused.
 
     SLURM then sends TERM to all that runs in the job, which has nothing more to do: from here on signals are ignored.
+
+    `progress`: whether a shard became whole in this start. A first one may have waited for a cold cache; where a later
+    one makes none either, the time limit is shorter than a shard, and the element would be requeued for ever.
+
+    Raises:
+        BoomgenError: no progress, and this was not the first start.
     """
     array, element = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
+    if array and restarts and not progress:
+        raise BoomgenError(
+            f"no shard became whole in start {restarts + 1} of this element; give a longer --time, or plan with a "
+            "smaller --shard-size"
+        )
     if not array or not element:
         return False
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

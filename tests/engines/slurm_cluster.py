@@ -1,18 +1,34 @@
-"""A real SLURM in one folder: a controller and two nodes of one core on loopback, without munge, root or accounting."""
+"""A real SLURM in one folder: a controller and two nodes of one core and one made-up GPU on loopback, without munge,
+root or accounting."""
 
 import contextlib
 import getpass
 import os
+import re
 import signal
 import socket
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 NODES = ("n1", "n2")
 MAX_ARRAY_SIZE = 11
+ONLY_GPUS = """
+function slurm_job_submit(job, partitions, user)
+    if job.partition == "gpus" and not job.tres_per_node then
+        slurm.log_user("only jobs with a GPU")
+        return slurm.ERROR
+    end
+    return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, user)
+    return slurm.SUCCESS
+end
+"""
+"""The rule of the partition `gpus`, such as many clusters have."""
 
 
 class Cluster(NamedTuple):
@@ -35,6 +51,11 @@ class Cluster(NamedTuple):
         """One value that the controller knows of a job, such as ExitCode."""
         return self.run("scontrol", "show", "job", job).partition(f" {name}=")[2].split()[0]
 
+    def exits(self) -> Counter[int]:
+        """How many tasks ended with each exit code, as the nodes say: the controller forgets a requeued one."""
+        said = "".join((self.folder / f"slurmd.{node}.log").read_text() for node in NODES)
+        return Counter(map(int, re.findall(r"exited with exit code (\d+)", said)))
+
     def wait_for(self, true: Callable[[], Any], seconds: float = 120) -> Any:
         """What `true` returns once it is true."""
         end = time.monotonic() + seconds
@@ -54,7 +75,9 @@ class Cluster(NamedTuple):
     def mend(self) -> None:
         """Start the daemons that are not there, and wait until every node takes jobs."""
         self.start()
-        self.wait_for(lambda: self.run("sinfo", "-hNo%t", check=False).split() == ["idle"] * len(NODES), seconds=60)
+        self.wait_for(
+            lambda: self.run("sinfo", "-pmain", "-hNo%t", check=False).split() == ["idle"] * len(NODES), seconds=60
+        )
 
     def wait_ended(self, job: str) -> dict[str, str]:
         """The last states of a job's elements."""
@@ -91,7 +114,7 @@ def configuration(folder: Path) -> str:
         "SelectType": "select/cons_tres",
         "SelectTypeParameters": "CR_Core",
         "SchedulerType": "sched/backfill",
-        "SchedulerParameters": "bf_interval=1,sched_min_interval=0,batch_sched_delay=0",
+        "SchedulerParameters": "bf_interval=1,sched_interval=1,sched_min_interval=0,batch_sched_delay=0",
         "SlurmctldPidFile": folder / "slurmctld.pid",
         "SlurmctldLogFile": folder / "slurmctld.log",
         "SlurmdPidFile": folder / "slurmd.%n.pid",
@@ -102,12 +125,16 @@ def configuration(folder: Path) -> str:
         "ReturnToService": 2,
         "KillWait": 10,
         "MaxArraySize": MAX_ARRAY_SIZE,
+        "SlurmdDebug": "verbose",
+        "GresTypes": "gpu",
+        "JobSubmitPlugins": "lua",
         "MailProg": "/bin/true",
     }
     lines = [f"{name}={value}" for name, value in settings.items()]
-    where = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1 RealMemory=8000 State=UNKNOWN"
+    where = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=1 RealMemory=8000 Gres=gpu:1 State=UNKNOWN"
     lines += [f"NodeName={name} Port={port} {where}" for name, port in zip(NODES, ports, strict=True)]
-    lines += [f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP"]
+    where = f"Nodes={','.join(NODES)} MaxTime=INFINITE State=UP"
+    lines += [f"PartitionName=main Default=YES {where}", f"PartitionName=gpus {where}"]
     return "\n".join(lines) + "\n"
 
 
@@ -118,6 +145,8 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         (folder / name).mkdir(parents=True)
     conf = folder.resolve() / "slurm.conf"  # slurmstepd hangs on a relative one
     conf.write_text(configuration(folder.resolve()))
+    (folder / "gres.conf").write_text(f"NodeName={','.join(NODES)} Name=gpu File=/dev/null\n")  # any device will do
+    (folder / "job_submit.lua").write_text(ONLY_GPUS)
     cluster = Cluster(folder, os.environ | {"SLURM_CONF": str(conf)}, {})
     try:
         cluster.mend()

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from boomgen.engines.slurm import Scripts, SlurmOptions, requeue, scripts
 from boomgen.errors import UsageError
 
 from ..conftest import Complaint, PlanTiny
+from ..driver import Driver
 from ..finished import finish
+from ..test_bytes import LONG
 
 HOSTILE = ["a b", "$(touch x)", "`touch x`", "';touch x;'", '"', "%j %% 100%", "#SBATCH --wrap=x", "-n", "é ∕ {run}"]
 
@@ -169,11 +172,24 @@ def test_an_image_is_run_by_apptainer(tmp_path: Path, stand_in: Any) -> None:
         assert stand_in(closing) == [*start, "finalise", "/run"]
 
 
+def test_a_container_that_does_not_start_is_an_error(tmp_path: Path) -> None:
+    """However soon it is gone: of 50 starts, in each."""
+    (array,), _ = texts(container="docker://owner/name")
+    (tmp_path / "apptainer").write_text("#!/bin/sh\nexit 3\n")
+    (tmp_path / "apptainer").chmod(0o755)
+    for path, code in ((tmp_path, 3), (tmp_path / "none", 127)):
+        env = {"PATH": f"{path}:/usr/bin:/bin", "SLURM_ARRAY_TASK_ID": "0"}
+        many = f"for i in {{1..50}}; do ( {array}\n ) ; echo $?; done"
+        done = subprocess.run(["bash", "-c", many], env=env, capture_output=True, text=True, check=True, timeout=60)
+        assert [line for line in done.stdout.splitlines() if line.isdecimal()] == [str(code)] * 50
+
+
 @pytest.mark.parametrize("name", ["ray.sbatch", "accelerate.sbatch"])
 def test_the_shipped_documents_are_scripts(name: str) -> None:
     script = catalog.shipped("slurm") / name
     subprocess.run(["bash", "-n", script], check=True)
     assert {"nodes", "ntasks-per-node", "mem"} <= directives(script.read_text()).keys()
+    assert '\nexport SRUN_CPUS_PER_TASK="$SLURM_CPUS_PER_TASK" ' in script.read_text()  # else one core is bound
 
 
 def test_only_what_is_missing_is_printed(
@@ -193,10 +209,39 @@ def test_only_what_is_missing_is_printed(
 
 def test_only_an_element_of_an_array_is_requeued(tmp_path: Path) -> None:
     """And a machine that cannot ask says so."""
-    assert not requeue()
-    asks = "from boomgen.engines.slurm import requeue; print(requeue())"
+    assert not requeue(progress=True)
+    asks = "from boomgen.engines.slurm import requeue; print(requeue(progress=False))"
     env = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3", "PATH": str(tmp_path), "PYTHONPATH": os.getcwd()}
     done = subprocess.run([sys.executable, "-c", asks], env=env, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
     why = "scontrol: No such file or directory; expected a machine where SLURM's commands are"
     assert done.stderr == f"not requeued: {why}\n"
+
+
+NEVER = {"steps": 1000, "shard_size": 100}  # one shard, whose time no test waits for
+
+
+@pytest.mark.parametrize(
+    ("job", "whole", "code", "said"),
+    [
+        (LONG, 1, 75, "boomgen: stopped (SIGUSR1); what is whole stays"),
+        (NEVER, 0, 1, "boomgen: no shard became whole in start 2 of this element; give a longer --time, "),
+    ],
+    ids=["progress", "none"],
+)
+def test_an_element_that_makes_no_progress_is_not_requeued_again(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: Any, whole: int, code: int, said: str
+) -> None:
+    """Else it would be for ever, where a time limit is shorter than a shard, and nothing would close the run."""
+    run = plan_tiny(tmp_path / "run", **job)
+    for name, value in {"ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "0", "RESTART_COUNT": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("PATH", str(tmp_path))  # no scontrol
+    going = Driver(run, "boomgen", "work", str(run.path), "--part", "0/1")
+    going.wait_for(lambda: len(run.published()) >= whole and any(run.staging.glob("*")))
+    going.process.send_signal(signal.SIGUSR1)
+    ended, _, err = going.end()
+    assert ended == code, err
+    assert err.splitlines()[-1].startswith(said)
+    assert ("not requeued: scontrol: No such file" in err) == (code == 75)
+    assert not list(run.staging.iterdir())
