@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -143,8 +144,13 @@ class Bucket:
 
     def __init__(self, url: str, run: Path) -> None:
         self.url, self.run = UPath(place(url)), run
-        self.dataset, self._fs, self._bulk = self.url / "dataset", files(self.url), bulk(self.url)
+        self.dataset, self._fs = self.url / "dataset", files(self.url)
         self._placed = dict[int, str]()  # known once the run is closed
+
+    @cached_property
+    def _bulk(self) -> Any:
+        """For tars: who only looks at a run needs no second client."""
+        return bulk(self.url)
 
     def whole(self) -> set[int]:
         with self._reached():

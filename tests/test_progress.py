@@ -229,7 +229,13 @@ def test_the_bar_ends_although_a_look_does_not(run: RunDir, monkeypatch: pytest.
     answered, asked = threading.Event(), threading.Event()
     monkeypatch.setattr(progress, "LAST_LOOK", 0.01)
     monkeypatch.setattr(progress, "LINE_EVERY", 0.01)
-    monkeypatch.setattr(progress, "look", lambda run: asked.set() or answered.wait())
+
+    def late(run: RunDir) -> Look:
+        asked.set()
+        answered.wait()
+        raise OSError("no answer")
+
+    monkeypatch.setattr(progress, "look", late)
     run.published = set  # type: ignore[method-assign]
     with progress.bar(run):
         assert asked.wait(60)

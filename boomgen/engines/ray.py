@@ -185,7 +185,7 @@ class RayEngine(Crew[_Hand]):
                 answer()
         finally:
             for hand in self.hands.values():
-                self.ray.kill(hand.actor)
+                self.dismiss(hand)
 
     def start(self, number: int) -> _Hand:
         actor = self.actors.remote(str(self.run_dir.path.resolve()), number, self.kind, self.allow_mixed)
