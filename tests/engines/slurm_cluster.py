@@ -71,6 +71,15 @@ class Cluster(NamedTuple):
         for name, line in {"slurmctld": ["slurmctld", "-D"], **{n: ["slurmd", "-D", "-N", n] for n in NODES}}.items():
             if name not in self.daemons or self.daemons[name].poll() is not None:
                 self.daemons[name] = subprocess.Popen([*line, "-f", conf], env=self.env, **quiet)
+                if name == "slurmctld":  # a node that finds nobody to register with asks again in seconds or minutes
+                    self.wait_for(self._answers, seconds=30)
+
+    def _answers(self) -> bool:
+        """Whether the controller takes connections. SLURM's own commands are patient, for half a minute."""
+        port = re.search(r"SlurmctldPort=(\d+)", (self.folder / "slurm.conf").read_text())
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(port[1] if port else 0))):
+            return True
+        return False
 
     def mend(self) -> None:
         """Start the daemons that are not there, and wait until every node takes jobs."""
@@ -124,6 +133,7 @@ def configuration(folder: Path) -> str:
         "StateSaveLocation": folder / "state",
         "ReturnToService": 2,
         "KillWait": 10,
+        "SlurmdTimeout": 15,  # nodes register each 20 thirds of it: a job whose slurmstepd died runs on until then
         "MaxArraySize": MAX_ARRAY_SIZE,
         "SlurmdDebug": "verbose",
         "GresTypes": "gpu",

@@ -40,8 +40,6 @@ from .slurm_cluster import NODES
 
 NAMES = ("local", "ray", "ray-nodes", "accelerate", "torchrun", "slurm")
 DAEMONS = {"raylet", "gcs_server", "slurmd", "slurmctld", "slurmstepd"}
-FORGETFUL = {"slurmstepd", "slurmctld"}
-"""After their deaths a controller takes jobs that have ended for running ones, until a node registers again."""
 STUCK = 400.0  # seconds without a new shard: longer than any time limit of Ray's and SLURM's for what is lost
 LATEST = 0.9
 """Of the shards: until so many are whole, the kills are spread. Later there may be nobody left to kill."""
@@ -101,6 +99,13 @@ def victims(going: Going, name: str) -> dict[str, list[int]]:
     return found | {"worker": workers} if workers else found
 
 
+def kill(process: psutil.Process) -> None:
+    """And see it dead: who would start it again must not take it for alive."""
+    process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, seconds=10)
+
+
 def mend(site: Engine) -> None:
     """What systemd does, or the people who run a cluster."""
     if isinstance(site, Slurm):
@@ -142,14 +147,11 @@ def disturb(site: Engine, name: str, run: RunDir, kills: int, chance: random.Ran
             time.sleep(chance.random() * 0.3)
             if found := victims(going, name):
                 kind = chance.choice(sorted(found))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(chance.choice(found[kind]), 9)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    kill(psutil.Process(chance.choice(found[kind])))
                     done[kind] += 1
                     due.pop(0)
                     say(f"{name}: {whole} of {run.plan.shards} shards, kill {done.total()} of {kills}: {kind}")
-                    if kind in FORGETFUL and isinstance(site, Slurm):  # a controller learns by this what is left
-                        for node in NODES:
-                            site.cluster.daemons[node].terminate()
         mend(site)
         time.sleep(0.1)
         if ended(site, going) and not closed(run):
