@@ -61,9 +61,9 @@ def own(shards: Sequence[int], rank: Rank) -> list[int]:
     return [shard for shard in shards if shard % rank.world_size == rank.rank]
 
 
-def in_order(shards: Sequence[int], rank: Rank) -> list[int]:
-    """A rank's own shards, then the others' from the end: their owners come from the beginning."""
-    return own(shards, rank) + [shard for shard in reversed(shards) if shard % rank.world_size != rank.rank]
+def others(shards: Sequence[int], rank: Rank) -> list[int]:
+    """What is not a rank's own, from the end: the owners come from the beginning."""
+    return [shard for shard in reversed(shards) if shard % rank.world_size != rank.rank]
 
 
 def part(text: str) -> Rank:
@@ -85,7 +85,8 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
         BoomgenError: this device is not of the planned class, or, when all others are whole, shards failed ATTEMPTS
             times.
     """
-    if run.published().issuperset(shards):
+    left = _left(run, shards)
+    if not left:
         return
     from boomgen.worker import Worker
 
@@ -94,16 +95,23 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
         log = stack.enter_context(_log(run, rank.rank))
         claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
         worker = stack.enter_context(contextlib.closing(Telling(Worker(run, claimed, allow_mixed), rank.rank)))
-        maker, todo = _Maker(run, worker, log), in_order(shards, rank)
-        mine = len(own(shards, rank))
+        maker, mine = _Maker(run, worker, log), len(own(shards, rank))
         print(f"worker {rank.rank} of {rank.world_size}: {mine} shards on {device}", file=sys.stderr, flush=True)
+        waiting = [shard for shard in own(left, rank) if not maker.settled(shard)]
+        todo = _left(run, waiting + others(left, rank))
         while todo:
-            left = [shard for shard in todo if not maker.settled(shard)]
-            if left == todo:
+            waiting = [shard for shard in todo if not maker.settled(shard)]
+            if waiting == todo:
                 time.sleep(LOOK_AGAIN)
-            todo = left
+            todo = waiting
     # Another rank may have made meanwhile what failed here.
     set_aside({shard: why for shard, why in maker.aside.items() if not run.store.holds(shard)}, run.path)
+
+
+def _left(run: RunDir, shards: Sequence[int]) -> list[int]:
+    """Those that are not whole, by one listing: of each rank, a request for each would be too many for a store."""
+    whole = run.published()
+    return [shard for shard in shards if shard not in whole]
 
 
 class _Maker:

@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from ..s3.conftest import s3, s3_server
 from .engines import Engine, Slurm, engine
 from .slurm_cluster import Cluster
+
+__all__ = ["s3", "s3_server"]
 
 
 @pytest.fixture(scope="session")

@@ -99,11 +99,11 @@ def victims(going: Going, name: str) -> dict[str, list[int]]:
     return found | {"worker": workers} if workers else found
 
 
-def kill(process: psutil.Process) -> None:
-    """And see it dead: who would start it again must not take it for alive."""
-    process.kill()
-    with contextlib.suppress(psutil.NoSuchProcess):
-        wait_for(lambda: process.status() == psutil.STATUS_ZOMBIE, seconds=10)
+def kill(pid: int) -> None:
+    """And wait for its end if it is a child: who would start it again must not take it for alive."""
+    os.kill(pid, 9)
+    with contextlib.suppress(ChildProcessError):
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
 def mend(site: Engine) -> None:
@@ -147,8 +147,8 @@ def disturb(site: Engine, name: str, run: RunDir, kills: int, chance: random.Ran
             time.sleep(chance.random() * 0.3)
             if found := victims(going, name):
                 kind = chance.choice(sorted(found))
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    kill(psutil.Process(chance.choice(found[kind])))
+                with contextlib.suppress(ProcessLookupError):
+                    kill(chance.choice(found[kind]))
                     done[kind] += 1
                     due.pop(0)
                     say(f"{name}: {whole} of {run.plan.shards} shards, kill {done.total()} of {kills}: {kind}")

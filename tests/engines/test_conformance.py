@@ -21,12 +21,17 @@ import torch
 from PIL import Image
 
 from boomgen import env
+from boomgen.job import Launch
+from boomgen.prepare import prepare
+from boomgen.progress import look
 from boomgen.run import RunDir, ranges
 from boomgen.tell import status_text
 from boomgen.verify import verify
 
 from ..conftest import PlanTiny
 from ..finished import finish, made, tree
+from ..s3.server import S3
+from ..s3.test_output import same
 from ..test_bytes import LONG
 from .engines import LAUNCHERS, NAMES, Ended, Engine, Going, wait_for
 
@@ -37,6 +42,7 @@ IN_CI = {
     "worker hung": ("local", "ray"),
     "poison shard": ("local", "ray"),
     "engine lost": ("local", "ray"),
+    "in a store": ("local", "ray"),
     "second finish": ("local", "ray"),
     "foreign environment": ("local", "ray"),
 }
@@ -86,7 +92,14 @@ def leave_alone(going: Going) -> None:
 
 
 def kill_one(going: Going) -> None:
-    os.kill(going.busy(workers=1)[-1], signal.SIGKILL)  # elements of an array may follow each other
+    """One that `boomgen status` shows at work."""
+    victim = going.busy(workers=1)[-1]  # elements of an array may follow each other
+    found = look(going.run)
+    assert victim in [seen.word.pid for seen in found.workers if seen.state in ("busy", "idle")]
+    assert found.made >= 8
+    assert found.rate > 0
+    assert found.seconds["infer"] > 0
+    os.kill(victim, signal.SIGKILL)
 
 
 def lose(going: Going) -> None:
@@ -209,6 +222,22 @@ def test_engine_lost(name: str, story: Any, undisturbed: Any) -> None:
         assert found.ended.err.count("start 2") == 2
     assert made(found.run) == undisturbed(**LONG)
     assert not found.run.staging.exists()
+
+
+@on_each_engine("in a store")
+def test_in_a_store(
+    name: str, s3: S3, engine_of: EngineOf, plan_tiny: PlanTiny, secret_file: Path, tmp_path: Path
+) -> None:
+    """Outputs go to S3, whose keys only the environment of the command holds; a worker is killed in mid-shard."""
+    here = plan_tiny(tmp_path / "here", **LONG)
+    private = {"private_dir": str(tmp_path / "private"), "secret_file": str(secret_file)}
+    run = prepare(here.plan.job, Launch(out=f"{s3.url}/run", device="cpu", **private))
+    going = engine_of(name).start(run)
+    kill_one(going)
+    said(going.end(), KILLED[name])
+    if run.missing():
+        engine_of(name).finish(run)
+    same(RunDir(run.path), finish(here))
 
 
 @on_each_engine("second finish")

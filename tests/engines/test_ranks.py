@@ -16,7 +16,7 @@ from PIL import Image
 
 from boomgen import env, prepare
 from boomgen.cli import main
-from boomgen.engines.ranks import Rank, in_order, own, part, rank_of
+from boomgen.engines.ranks import Rank, others, own, part, rank_of
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.job import Launch
 from boomgen.run import RunDir, numbers, ranges
@@ -77,9 +77,9 @@ def test_parts_are_disjoint_and_whole_and_keep_their_shards(seed: int) -> None:
     assert sorted(itertools.chain.from_iterable(parts)) == missing
     for rank in range(size):
         assert set(parts[rank]) <= set(own(range(count), Rank(rank, size, 0)))
-        order = in_order(missing, Rank(rank, size, 0))
-        assert sorted(order) == missing
-        assert order[: len(parts[rank])] == parts[rank]
+        rest = others(missing, Rank(rank, size, 0))
+        assert sorted(parts[rank] + rest) == missing
+        assert rest == sorted(rest, reverse=True)
     assert numbers(ranges(missing), count) == missing if missing else True
 
 

@@ -15,6 +15,8 @@ from webdataset.gopen import gopen_schemes
 
 from boomgen import manifest, places, store
 from boomgen.cli import main
+from boomgen.engines import ranks
+from boomgen.engines.ranks import Rank
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.job import Launch
 from boomgen.prepare import prepare
@@ -133,6 +135,28 @@ def test_killed_at_every_moment(s3: S3, plan_away: PlanAway, tmp_path: Path) -> 
         one.make_shard(number)
     assert main(["finalise", str(run.path)]) == 0
     same(RunDir(run.path), finish(RunDir(tmp_path / "here")))
+
+
+def test_a_rank_asks_for_no_shard_that_others_made_meanwhile(
+    s3: S3, plan_away: PlanAway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But lists all once its own are made: a request for each shard by each rank would be millions."""
+    run, make = plan_away(f"{s3.url}/run"), ranks.make_logged
+
+    def while_others_make(worker: Worker, shard: int, *more: Any) -> None:
+        if shard == 0:
+            other = Worker(RunDir(run.path))
+            for number in (1, 3, 5):
+                other.make_shard(number)
+            s3.asked.clear()
+        make(worker, shard, *more)
+
+    monkeypatch.setattr(ranks, "make_logged", while_others_make)
+    ranks.work(run, range(7), Rank(0, 2, 0), "cpu")
+    assert not run.missing()
+    asked = {number: sum(f"/shards/{number:05d}/" in line for line in s3.asked) for number in range(7)}
+    assert [number for number, times in asked.items() if times] == [0, 2, 4, 6]
+    assert max(asked.values()) < 10
 
 
 def test_who_was_first_is_decided_by_the_store(s3: S3, plan_away: PlanAway, monkeypatch: pytest.MonkeyPatch) -> None:
