@@ -15,7 +15,7 @@ from boomgen.index import Index
 from boomgen.places import Place, exists
 from boomgen.plan import Plan, read_plan
 from boomgen.shard import DONE, sha256_file, unseal
-from boomgen.store import CARD, CLOSING, Bucket, Folder, open_store
+from boomgen.store import CARD, CLOSING, Store, open_store
 
 KINDS = ("read", "infer", "write", "total")
 
@@ -86,7 +86,7 @@ class RunDir:
         return self.path / "manifest"
 
     @cached_property
-    def store(self) -> Folder | Bucket:
+    def store(self) -> Store:
         """Where whole shards and the data set are."""
         return open_store(self.plan.store, self.path)
 

@@ -304,7 +304,7 @@ class Bucket:
             raise BoomgenError(f"{told}{again}") from err
 
 
-def open_store(url: str | None, run: Path) -> Folder | Bucket:
+def open_store(url: str | None, run: Path) -> Store:
     """Where a run's shards are: an object store at a URL, or its folder."""
     return Bucket(url, run) if url else Folder(run)
 
