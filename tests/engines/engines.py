@@ -224,7 +224,7 @@ class Slurm(Engine):
     def submit(self, run: RunDir, *more: Any) -> str:
         """What `boomgen slurm --submit` says."""
         small = ("--array-size", 2, "--cpus-per-task", 1, "--mem", "2G")
-        env = self.cluster.env | os.environ | {"OMP_NUM_THREADS": "1"}
+        env = os.environ | self.cluster.env | {"OMP_NUM_THREADS": "1"}
         return str(self._boomgen("slurm", run.path, "--submit", *small, *more, env=env).stdout)
 
     def start(self, run: RunDir, *more: Any, workers: int = 2) -> Going:
