@@ -89,7 +89,7 @@ def network(
         on = device if torch.cuda.is_available() else "cpu"  # a login node may have no GPU
         tables = conditions.encode_prompts(model, prompts, dtype, on)
         conditions.save(tables, told)
-    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows))
+    batch = job.batch_size or max(1, min(64, 64 * 64**2 // model.size**2, rows, job.shard_size or rows))
     calls = job.cascade * _calls(planned) * (1 if guidance == 1 or model.tells_guidance else 2)
     cost = flops(model, tables)
     pays = device == "cpu" and cost * rows * calls > COMPILE_PAYS_FROM and shutil.which("g++") is not None

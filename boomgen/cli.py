@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import shtab
 
@@ -17,6 +17,9 @@ from boomgen.job import ENHANCE, Job, Launch, build
 from boomgen.options import Parser, add_flags, given, job_and_launch, read_job_file
 from boomgen.tell import columns, log_lines, part_text, show_status, status_text, table
 from boomgen.untrusted import printable
+
+if TYPE_CHECKING:
+    from boomgen.run import RunDir
 
 DONE, ERROR, USAGE, INCOMPLETE_ROWS, STOPPED = 0, 1, 2, 3, 75
 Command = Callable[[argparse.Namespace], int]
@@ -37,7 +40,7 @@ def _run_job(values: dict[str, Any]) -> int:
     from boomgen import drive
 
     run = drive.run(*job_and_launch(values))
-    return _summary(run.path) if drive.is_first() else DONE
+    return _summary(run) if drive.is_first() else DONE
 
 
 def plan(args: argparse.Namespace) -> int:
@@ -71,7 +74,7 @@ def resume(args: argparse.Namespace) -> int:
     _, launch = job_and_launch({"mode": "anonymize", "dataset": "-", **given(args)})
     run = RunDir(args.run)
     drive.resume(run, launch)
-    return _summary(run.path) if drive.is_first() else DONE
+    return _summary(run) if drive.is_first() else DONE
 
 
 def work(args: argparse.Namespace) -> int:
@@ -87,7 +90,7 @@ def work(args: argparse.Namespace) -> int:
     if part or shards is not None:
         _say(part_text(run, args.part, args.shards, drive.chosen(run, part, shards)))
     elif drive.is_first():
-        _say(status_text(run.path))
+        _say(status_text(run))
     return DONE
 
 
@@ -105,7 +108,7 @@ def finalise(args: argparse.Namespace) -> int:
     run = RunDir(args.run)
     with only_driver(run):
         close(run)
-    return _summary(run.path)
+    return _summary(run)
 
 
 def slurm(args: argparse.Namespace) -> int:
@@ -212,11 +215,9 @@ def doctor(args: argparse.Namespace) -> int:
     return DONE if all(finding.good for finding in found) else ERROR
 
 
-def _summary(path: Path) -> int:
-    from boomgen.run import RunDir
-
-    _say(status_text(path))
-    return INCOMPLETE_ROWS if RunDir(path).status().failed else DONE
+def _summary(run: "RunDir") -> int:
+    _say(status_text(run))
+    return INCOMPLETE_ROWS if run.status().failed else DONE
 
 
 def _say(text: str) -> None:

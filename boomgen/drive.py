@@ -21,7 +21,7 @@ from boomgen.heartbeat import bury
 from boomgen.job import Job, Launch
 from boomgen.prepare import await_plan, prepare
 from boomgen.progress import bar, say_terms, show
-from boomgen.run import RunDir, Status
+from boomgen.run import RunDir
 
 
 def run(job: Job, launch: Launch | None = None) -> RunDir:
@@ -43,17 +43,19 @@ def run(job: Job, launch: Launch | None = None) -> RunDir:
     return run_dir
 
 
-def resume(run: RunDir, launch: Launch) -> Status:
+def resume(run: RunDir, launch: Launch) -> None:
     """Make the missing shards of a planned run and close it. A finished run returns at once and loads no torch.
 
     As one of several ranks, make a share of them; rank 0 closes the run.
     """
-    status, rank = run.status(), rank_of(os.environ)
-    if status.finalised and not status.missing:
-        return status
+    rank = rank_of(os.environ)
+    if rank and launch.engine == "ray":
+        raise UsageError(f"--engine ray beside {rank.world_size} processes of a launcher; start boomgen by one of both")
     if rank and rank.rank > 0:
         work(run, launch)
-        return run.status()
+        return
+    if run.store.closed() and not run.missing():
+        return
     with _signals(), only_driver(run):
         try:
             if missing := run.missing():
@@ -66,7 +68,6 @@ def resume(run: RunDir, launch: Launch) -> Status:
         except Stopped as err:
             err.run = run.path
             raise
-    return run.status()
 
 
 def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
@@ -112,8 +113,16 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
     except Stopped as err:
         err.run = run.path
         if str(err) == signal.SIGUSR1.name:
-            requeue(progress=not run.published().isdisjoint(missing))
+            requeue(progress=_any_whole(run, missing))
         raise
+
+
+def _any_whole(run: RunDir, shards: Sequence[int]) -> bool:
+    """Whether one of them is whole; also where a store does not say."""
+    try:
+        return not run.published().isdisjoint(shards)
+    except BoomgenError:
+        return True
 
 
 def chosen(run: RunDir, part: Rank | None, shards: Sequence[int] | None) -> list[int]:

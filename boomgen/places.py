@@ -33,6 +33,7 @@ AT_ONCE = 4  # parts of 50 MiB of a file that goes up
 START, SLOWEST = 120.0, 2**18  # seconds, and bytes a second: what takes longer is not going up any more
 BUFFER = 2**23  # bytes of one request where a file is read from one end to the other
 
+PRECONDITION_FAILED = 412
 LASTING = (FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 LASTING_NUMBERS = {errno.EINVAL, errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.EREMCHG}
 PASSING = {
@@ -176,6 +177,24 @@ def insist(call: Callable[[], T], where: object) -> T:
             print(f"{where}: {line(err)}; asking again in {seconds:.0f} s", file=sys.stderr, flush=True)
             time.sleep(seconds)
     raise AssertionError("the last try has no pause")
+
+
+def put_first(fs: Any, where: UPath, data: bytes) -> None:
+    """Put a small file on the condition that there is none; tried as `insist` does.
+
+    FileExistsError: there is one. s3fs sees that only where S3's answer names the condition, which not all servers do.
+    """
+
+    def put() -> None:
+        try:
+            fs.pipe_file(where.path, data, mode="create")
+        except OSError as err:
+            answer = getattr(err.__cause__, "response", None) or {}
+            if answer.get("ResponseMetadata", {}).get("HTTPStatusCode") == PRECONDITION_FAILED:
+                raise FileExistsError(where.path) from err
+            raise
+
+    insist(put, where)
 
 
 def _kinds(err: Exception) -> set[str]:

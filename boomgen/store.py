@@ -21,7 +21,7 @@ from upath import UPath
 
 from boomgen import manifest
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.places import Place, StorageError, bulk, exists, files, insist, line, place, upload
+from boomgen.places import Place, StorageError, bulk, exists, files, insist, line, place, put_first, upload
 from boomgen.shard import (
     DONE,
     PART,
@@ -274,7 +274,7 @@ class Bucket:
     def _put_first(self, name: UPath, data: bytes) -> bool:
         """Whether nobody had put anything else under this name."""
         try:
-            insist(lambda: self._fs.pipe_file(name.path, data, mode="create"), name)
+            put_first(self._fs, name, data)
         except FileExistsError:  # perhaps it is this, and the answer was lost
             return self._get(name) == data
         return True

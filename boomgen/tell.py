@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from boomgen.untrusted import printable
@@ -24,12 +23,10 @@ ROUTINE = re.compile(
 """Lines in a log that tell of no failure, or nothing that another does not tell."""
 
 
-def status_text(path: Path) -> str:
+def status_text(run: "RunDir") -> str:
     """What a run holds, and the command that goes on."""
     from boomgen.progress import look
-    from boomgen.run import RunDir
 
-    run = RunDir(path)
     return _text(run, look(run))
 
 
@@ -85,7 +82,9 @@ def _text(run: "RunDir", look: "Look") -> str:
         lines |= {"now": line(look)}
     if found.finalised:
         lines |= {"data set": str(run.dataset), "manifest": str(run.manifest)}
-    lines |= {"next": f"boomgen {_next(found)}".replace("RUN", shlex.quote(str(path)))}
+    at_work = found.missing and any(seen.state != "silent" for seen in look.workers)
+    following = "status RUN --watch" if at_work else _next(found)
+    lines |= {"next": f"boomgen {following}".replace("RUN", shlex.quote(str(path)))}
     if found.finalised and run.plan.job.linkage == "private":
         rest = "" if run.plan.store else " but dataset/"
         lines |= {"private": f"everything in {path}{rest} links outputs to people; share only {run.dataset}"}

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
-from boomgen.engines.handout import Event, HandOut
+from boomgen.engines.handout import ATTEMPTS, Event, HandOut
 from boomgen.errors import BoomgenError
 from boomgen.heartbeat import forget
 from boomgen.run import RunDir
@@ -31,11 +31,12 @@ H = TypeVar("H", bound=Hand)
 
 
 class Crew(ABC, Generic[H]):
-    """The workers of a run."""
+    """The workers of a run. `patience`: as HandOut has it."""
 
-    def __init__(self, run: RunDir) -> None:
-        self.run_dir = run
+    def __init__(self, run: RunDir, patience: float | None) -> None:
+        self.run_dir, self.patience = run, patience
         self.hands: dict[int, H] = {}
+        self.handout = HandOut(())
 
     @abstractmethod
     def start(self, number: int) -> H:
@@ -49,16 +50,34 @@ class Crew(ABC, Generic[H]):
         """Begin a worker, who is to be handed shards."""
         self.hands[number] = self.start(number)
 
-    def wake(self, handout: HandOut) -> list[Event]:
+    def wake(self) -> list[Event]:
         """Whoever is idle takes the next shard, also one that came back; whoever is hung is given up."""
         now = time.monotonic()
         for hand in self.hands.values():
-            if hand.idle and (shard := handout.take(hand.number, now)) is not None:
+            if hand.idle and (shard := self.handout.take(hand.number, now)) is not None:
                 hand.give(shard)
-        late = [self.hands[number] for number in handout.overdue(now)]
-        return [event for hand in late for event in self.lost(hand, handout, "hung and was killed")]
+        late = [self.hands[number] for number in self.handout.overdue(now)]
+        events = [event for hand in late for event in self.lost(hand, "hung and was killed")]
+        while self.handout.resting:
+            number = self.handout.resting.pop()
+            text = f"worker {number} failed at {ATTEMPTS} shards in a row and rests while others make some"
+            events.append(Event("waiting", -1, f"{text}; see {self.log(number)}"))
+        return events
 
-    def lost(self, hand: H, handout: HandOut, what: str) -> list[Event]:
+    def fatal(self, hand: H, text: str) -> list[Event]:
+        """A worker says in one line what it cannot do: perhaps its machine alone.
+
+        Raises:
+            BoomgenError: nobody else is known to do better.
+        """
+        if not hand.started and len(self.hands) > 1:
+            self.leave(hand)
+            return [Event("gone", -1, f"worker {hand.number} ({hand.device}): {text}")]
+        if hand.started and not self.handout.alone(hand.number):
+            return self.lost(hand, f"gave up: {text}")
+        raise BoomgenError(text)
+
+    def lost(self, hand: H, what: str) -> list[Event]:
         """A worker has gone, or has to: its shard is for somebody else to try, and another worker takes its place.
 
         Raises:
@@ -66,13 +85,13 @@ class Crew(ABC, Generic[H]):
         """
         self.leave(hand)
         log = self.log(hand.number)
-        if not handout.again(hand.number, hand.started):
-            if handout.open and not self.hands:
+        if not self.handout.again(hand.number, hand.started):
+            if self.handout.open and not self.hands:
                 raise BoomgenError(f"workers die while starting ({what}); see {log}")
             return [Event("gone", -1, f"worker {hand.number} ({hand.device}) dies while starting; see {log}")]
         cause = f"worker {hand.number} {what}"
-        shard = handout.failed(hand.number, cause)
-        if handout.open:
+        shard = self.handout.failed(hand.number, cause)
+        if self.handout.open:
             self.hire(hand.number)
         return [] if shard is None else [Event("lost", shard, cause)]
 

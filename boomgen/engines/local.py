@@ -32,6 +32,8 @@ SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET|^FSSPEC_", re.IGNORECASE)
 """Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
 
 
+TICK = 5.0
+"""Seconds, at the least, between two words from the midst of a shard."""
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 """The plan names commits that are in the cache: of many workers, none may ask the Hub."""
 
@@ -95,13 +97,13 @@ class _Hand:
 
 
 class LocalEngine(Crew[_Hand]):
-    """Hands out shards to one worker per device. `patience`: as HandOut has it."""
+    """Hands out shards to one worker per device."""
 
     def __init__(
         self, run: RunDir, devices: Sequence[str], allow_mixed: bool = False, patience: float | None = None
     ) -> None:
-        super().__init__(run)
-        self.devices, self.allow_mixed, self.patience = devices, allow_mixed, patience
+        super().__init__(run, patience)
+        self.devices, self.allow_mixed = devices, allow_mixed
         self.selector = selectors.DefaultSelector()
 
     def run(self, shards: Sequence[int]) -> Iterator[Event]:
@@ -110,27 +112,25 @@ class LocalEngine(Crew[_Hand]):
         Raises:
             BoomgenError: no worker can start; or, when all others are done, shards failed ATTEMPTS times.
         """
-        handout = HandOut(shards, self.patience)
+        self.handout = HandOut(shards, self.patience)
         self.run_dir.logs.mkdir(exist_ok=True)
         try:
             for number in range(min(len(self.devices), len(shards))):
                 self.hire(number)
-            while handout.open:
+            while self.handout.open:
                 for key, _ in self.selector.select(timeout=1.0):
-                    for event in self._step(key.data, handout):
-                        yield event
-                        if event.kind == "fatal":
-                            raise BoomgenError(event.text)
-                yield from self.wake(handout)
+                    yield from self._step(key.data)
+                yield from self.wake()
         finally:
             for hand in self.hands.values():
                 hand.end()
             for hand in self.hands.values():
                 hand.close()
-        set_aside(handout.aside, self.run_dir.path)
+        set_aside(self.handout.aside, self.run_dir.path)
 
     def start(self, number: int) -> _Hand:
         hand = _Hand(self.run_dir, number, self.devices[number], self.allow_mixed, self.log(number))
+        self.handout.began(number, time.monotonic())
         self.selector.register(hand.process.stdout, selectors.EVENT_READ, hand)  # type: ignore[arg-type]
         return hand
 
@@ -139,12 +139,14 @@ class LocalEngine(Crew[_Hand]):
         hand.process.kill()
         hand.close()
 
-    def _step(self, hand: _Hand, handout: HandOut) -> list[Event]:
+    def _step(self, hand: _Hand) -> list[Event]:
         if (events := hand.events()) is None:
             hand.wait()
-            return self.lost(hand, handout, f"died with exit code {hand.process.returncode}")
-        for event in events:
-            handout.hear(hand.number, event, time.monotonic())
+            return self.lost(hand, f"died with exit code {hand.process.returncode}")
+        for position, event in enumerate(events):
+            self.handout.hear(hand.number, event, time.monotonic())
+            if event.kind == "fatal":
+                return events[:position] + self.fatal(hand, event.text)
             if event.kind in ("ready", "done"):
                 hand.started = hand.idle = True
         return events
@@ -201,8 +203,16 @@ def gist(err: Exception) -> str:
 
 def serve_shard(worker: Any, shard: int, say: Any) -> None:
     """Make one shard and say what came of it. SystemExit where a fresh process is needed for the next."""
+    last = time.monotonic()
+
+    def tick(_: int) -> None:  # a driver of a thousand workers cannot listen to each batch
+        nonlocal last
+        if time.monotonic() - last >= TICK:
+            last = time.monotonic()
+            say("tick", shard)
+
     try:
-        record = make_logged(worker, shard, lambda rows: say("tick", shard, rows=rows), write_log)
+        record = make_logged(worker, shard, tick, write_log)
     except BrokenPipeError:
         sys.exit(75)  # the driver has gone
     except BoomgenError as err:

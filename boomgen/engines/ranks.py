@@ -5,11 +5,12 @@ seen in the run folder, and what is in the making by a staging folder that chang
 """
 
 import contextlib
+import math
+import os
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from boomgen import env
@@ -24,6 +25,7 @@ LAUNCHERS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # srun; a batch script itself is no step
 )
 LOOK_AGAIN = 1.0  # seconds
+STALE = 0.1  # seconds, after which it is looked again who has what in hand: a thousand ranks have a thousand folders
 
 
 class Rank(NamedTuple):
@@ -62,8 +64,11 @@ def own(shards: Sequence[int], rank: Rank) -> list[int]:
 
 
 def others(shards: Sequence[int], rank: Rank) -> list[int]:
-    """What is not a rank's own, from the end: the owners come from the beginning."""
-    return [shard for shard in reversed(shards) if shard % rank.world_size != rank.rank]
+    """What is not a rank's own, from the end: its owners come from the beginning. Each rank helps another one first."""
+    size = rank.world_size
+    return sorted(
+        (shard for shard in shards if shard % size != rank.rank), key=lambda s: (-(s // size), (s - rank.rank) % size)
+    )
 
 
 def part(text: str) -> Rank:
@@ -119,30 +124,35 @@ class _Maker:
 
     def __init__(self, run: RunDir, worker: Any, log: Callable[[str], None]) -> None:
         self.run, self.worker, self.log, self.others = run, worker, log, _Others(run)
-        self.failures, self.aside, self._in_a_row = Counter[int](), dict[int, str](), set[int]()
+        self.failures, self.aside = Counter[int](), dict[int, str]()
+        self._in_a_row, self._made = 0, False
 
     def settled(self, shard: int) -> bool:
         """Whether a shard is whole, perhaps made now, or set aside; if not, it is to be looked at again."""
-        if shard in self.aside or self.run.store.holds(shard):
+        if shard in self.aside:
             return True
-        if self.others.hold(shard):
+        if self.others.hold(shard):  # seen in the run folder, before a store is asked
             return False
+        if self.run.store.holds(shard):
+            return True
         try:
             make_logged(self.worker, shard, self.others.pace(), self.log)
         except BoomgenError:
             raise
         except Exception as err:
-            self._count(shard, gist(err))
+            self._count(shard, err)
             return False
-        self._in_a_row.clear()
+        self._in_a_row, self._made = 0, True
         return True
 
-    def _count(self, shard: int, what: str) -> None:
+    def _count(self, shard: int, err: Exception) -> None:
+        """A device that failed may fail for ever in this process; an image that is not there says nothing of others."""
+        what = gist(err)
         self.failures[shard] += 1
         if self.failures[shard] >= ATTEMPTS:
             self.aside[shard] = what
-        self._in_a_row.add(shard)
-        if len(self._in_a_row) >= ATTEMPTS:
+        self._in_a_row += self.failures[shard] == 1
+        if self._in_a_row >= ATTEMPTS and not (self._made and isinstance(err, OSError)):
             raise BoomgenError(
                 f"{ATTEMPTS} shards in a row failed, the last with {what}; see boomgen logs {self.run.path}"
             )
@@ -161,21 +171,37 @@ class _Others:
     batches of our own is made here."""
 
     def __init__(self, run: RunDir) -> None:
-        self._run, self._seen, self._longest = run, dict[Path, tuple[int, float]](), 0.0
+        self._run, self._seen, self._longest = run, dict[str, tuple[int, float]](), 0.0
+        self._looked, self._staged = -math.inf, dict[int, list[str]]()
 
     def hold(self, shard: int) -> bool:
         """Whether somebody is making this shard, and was heard of not long ago."""
         now, limit = time.monotonic(), SILENT + BATCHES * self._longest
-        return any(now - self._changed(folder, now) < limit for folder in self._run.staging.glob(f"{shard:05d}-*"))
+        if now - self._looked > STALE:
+            self._looked = now
+            self._look()
+        return any(now - self._changed(name, now) < limit for name in self._staged.get(shard, ()))
 
-    def _changed(self, folder: Path, now: float) -> float:
+    def _look(self) -> None:
+        self._staged.clear()
+        with contextlib.suppress(OSError):  # there is none yet
+            for name in os.listdir(self._run.staging):
+                number = name.partition("-")[0]
+                if number.isdecimal():
+                    self._staged.setdefault(int(number), []).append(name)
+
+    def _changed(self, name: str, now: float) -> float:
         try:
-            stamp = folder.stat().st_mtime_ns
+            folder = os.open(self._run.staging / name, os.O_RDONLY)  # NFS asks its server when a file is opened
         except OSError:  # it is published or abandoned
             return now
-        if self._seen.get(folder, (None,))[0] != stamp:
-            self._seen[folder] = stamp, now
-        return self._seen[folder][1]
+        try:
+            stamp = os.fstat(folder).st_mtime_ns
+        finally:
+            os.close(folder)
+        if self._seen.get(name, (None,))[0] != stamp:
+            self._seen[name] = stamp, now
+        return self._seen[name][1]
 
     def pace(self) -> Callable[[int], None]:
         """A tick that measures the batches of one shard."""

@@ -6,7 +6,6 @@ started on this machine and ends with the run.
 """
 
 import contextlib
-import math
 import os
 import queue
 import shutil
@@ -22,7 +21,7 @@ from typing import Any
 from boomgen.engines.crew import Crew
 from boomgen.engines.handout import Event, HandOut, set_aside
 from boomgen.engines.local import OFFLINE, gist, serve_shard, write_log
-from boomgen.engines.ray_cluster import cluster, ended, signals_noted, stdout_kept
+from boomgen.engines.ray_cluster import Lost, cluster, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
 from boomgen.heartbeat import Telling, forget
 from boomgen.run import RunDir
@@ -94,11 +93,11 @@ def _write_to(log: Path) -> None:
 
 
 class _Hand:
-    """One actor, as the driver sees it. `told` is None between two calls, `host` until it has a place."""
+    """One actor, as the driver sees it. `told` is None between two calls."""
 
     def __init__(self, number: int, device: str, actor: Any, environ: dict[str, str]) -> None:
         self.number, self.device, self.actor = number, device, actor
-        self.host: str | None = None
+        self.placed, self.since = False, time.monotonic()
         self.started = self.ready = False  # started: had a shard, which counts its deaths
         self.told: Any = actor.start.remote(environ)
 
@@ -113,7 +112,7 @@ class _Hand:
 class RayEngine(Crew[_Hand]):
     """Hands out shards to one actor per device ('cuda' or 'cpu').
 
-    `workers`: None for as many as the cluster at `address` has devices. `patience`: as HandOut has it.
+    `workers`: None for as many as the cluster at `address` has devices.
     """
 
     def __init__(
@@ -125,9 +124,9 @@ class RayEngine(Crew[_Hand]):
         allow_mixed: bool = False,
         patience: float | None = None,
     ) -> None:
-        super().__init__(run)
+        super().__init__(run, patience)
         self.kind, self.workers, self.address = kind, workers, address
-        self.allow_mixed, self.patience = allow_mixed, patience
+        self.allow_mixed, self.waiting = allow_mixed, 0
         told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS)}
         self.environ = told | OFFLINE
 
@@ -139,24 +138,24 @@ class RayEngine(Crew[_Hand]):
             BoomgenError: there is no such cluster, or no worker can start; or, when all others are done, shards failed
                 ATTEMPTS times.
         """
-        handout = HandOut(shards, self.patience)
+        self.handout = HandOut(shards, self.patience)
         self.run_dir.logs.mkdir(exist_ok=True)
         try:
             with (
                 stdout_kept(self.run_dir.logs / NOISE),
                 signals_noted() as answer,
-                cluster(self.address, self.kind, self.workers) as self.ray,
+                cluster(self.address, self.kind, self.workers) as (self.ray, lost),
             ):
-                yield from self._hand_out(handout, answer)
+                yield from self._hand_out(answer, lost)
         finally:
             for number in self.hands:  # they were killed where they stood
                 forget(self.run_dir, number)
-                if (shard := handout.held(number)) is not None:
+                if (shard := self.handout.held(number)) is not None:
                     for folder in self.run_dir.staging.glob(f"{shard:05d}-*"):
                         shutil.rmtree(folder, ignore_errors=True)
-        set_aside(handout.aside, self.run_dir.path)
+        set_aside(self.handout.aside, self.run_dir.path)
 
-    def _hand_out(self, handout: HandOut, answer: Callable[[], None]) -> Iterator[Event]:
+    def _hand_out(self, answer: Callable[[], None], lost: Lost) -> Iterator[Event]:
         answer()
         resource, asked = RESOURCES[self.kind]
         found = int(self.ray.cluster_resources().get(resource, 0))
@@ -164,24 +163,18 @@ class RayEngine(Crew[_Hand]):
             raise BoomgenError(f"the Ray cluster has no {resource}; add a node that has one, or say how many will come")
         self.actors = self.ray.remote(max_restarts=0, max_task_retries=0, **asked)(Actor)
         try:
-            for number in range(min(self.workers or found, len(handout.open))):
+            for number in range(min(self.workers or found, len(self.handout.open))):
                 self.hire(number)
-            wait_told = time.monotonic() + WAIT if self.address else math.inf  # a cluster of our own has room for all
-            while handout.open:
-                if part := ended(self.ray):
+            while self.handout.open:
+                if what := lost():
                     raise BoomgenError(
-                        f"Ray's {part} was killed, and all workers with it; what is whole stays, go on "
-                        f"with: boomgen resume {self.run_dir.path}"
+                        f"{what}, and all workers with it; what is whole stays, go on with: boomgen resume "
+                        f"{self.run_dir.path}"
                     )
                 for hand in self._heard():
-                    for event in self._step(hand, handout):
-                        yield event
-                        if event.kind == "fatal":
-                            raise BoomgenError(event.text)
-                yield from self.wake(handout)
-                if time.monotonic() > wait_told:
-                    yield from self._waiting(resource)
-                    wait_told = math.inf
+                    yield from self._step(hand)
+                yield from self.wake()
+                yield from self._waiting(resource)
                 answer()
         finally:
             for hand in self.hands.values():
@@ -202,29 +195,31 @@ class RayEngine(Crew[_Hand]):
             return []
         return [hands[told] for told in self.ray.wait(asked, num_returns=len(asked), timeout=0)[0]]
 
-    def _step(self, hand: _Hand, handout: HandOut) -> list[Event]:
+    def _step(self, hand: _Hand) -> list[Event]:
         try:
             event: Event = self.ray.get(next(hand.told))
         except StopIteration:
             hand.told = None
-            return [] if hand.ready else self.lost(hand, handout, "left")
+            return [] if hand.ready else self.lost(hand, "left")
         except self.ray.exceptions.RayError as err:
-            return self.lost(hand, handout, _cause(err))
+            return self.lost(hand, _cause(err))
         if event.kind == "placed":
-            hand.host = event.text
+            hand.device, hand.placed = f"{self.kind} of {event.text}", True
+            self.handout.began(hand.number, time.monotonic())
             return []
-        if event.kind == "fatal" and not hand.started and len(self.hands) > 1:  # its node may be of another kind
-            self.leave(hand)
-            return [Event("gone", -1, f"worker {hand.number} on {hand.host}: {event.text}")]
-        handout.hear(hand.number, event, time.monotonic())
+        self.handout.hear(hand.number, event, time.monotonic())
+        if event.kind == "fatal":
+            return self.fatal(hand, event.text)
         if event.kind in ("ready", "done"):
             hand.ready = True
         return [event]
 
     def _waiting(self, resource: str) -> list[Event]:
-        count = sum(hand.host is None for hand in self.hands.values())
-        text = f"{count} of {len(self.hands)} workers wait until Ray has a free {resource} for them"
-        return [Event("waiting", -1, text)] if count else []
+        """Told whenever more workers wait than before, since nodes also go. A cluster of our own has room for all."""
+        now, before = time.monotonic(), self.waiting
+        self.waiting = sum(not hand.placed and now - hand.since > WAIT for hand in self.hands.values())
+        text = f"{self.waiting} of {len(self.hands)} workers wait until Ray has a free {resource} for them"
+        return [Event("waiting", -1, text)] if self.address and self.waiting > before else []
 
 
 def _cause(err: Exception) -> str:

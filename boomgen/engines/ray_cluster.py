@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,18 @@ from boomgen.errors import BoomgenError, UsageError
 
 STORE = 80 * 2**20  # bytes of the object store: records are small, and 75 MB is the least
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+LOOK, GONE = 5.0, 30.0  # seconds; after 60, Ray ends this process and says nothing that helps
 QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 PLACE, OURS, TOKEN = "/tmp", "boomgen-ray-", "token"  # sockets in it have 107 characters at most
 
 
+Lost = Callable[[], str | None]
+"""What a cluster cannot live without and has lost, in a few words. Ray would wait for it, for a minute or for ever."""
+
+
 @contextlib.contextmanager
-def cluster(address: str | None, kind: str, workers: int | None) -> Iterator[Any]:
-    """Ray, connected to the cluster at an address, or to one of our own with so many workers."""
+def cluster(address: str | None, kind: str, workers: int | None) -> Iterator[tuple[Any, Lost]]:
+    """Ray, connected to the cluster at an address, or to one of our own with so many workers; and what it has lost."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray = importlib.import_module("ray")
@@ -43,10 +49,11 @@ def cluster(address: str | None, kind: str, workers: int | None) -> Iterator[Any
                 where = _reach(ray, address)
             with _said(f"the Ray cluster at {address} is not joined; give the command on one of its nodes"):
                 ray.init(address=where, **QUIET)
+            yield ray, _head_of(where, address)
         else:
             with _said("Ray does not start here"):
                 stack.enter_context(_own_cluster(ray, kind, workers or 1))
-        yield ray
+            yield ray, functools.partial(_dead_part, ray)
 
 
 @contextlib.contextmanager
@@ -58,10 +65,26 @@ def _said(what: str) -> Iterator[None]:
         raise BoomgenError(f"{what}: {' '.join(str(err).split())}") from err
 
 
-def ended(ray: Any) -> str | None:
-    """What a cluster of our own cannot live without and has lost. Ray itself would wait for it to come, for ever."""
+def _dead_part(ray: Any) -> str | None:
     dead = (kind for kind, _ in ray._private.worker._global_node.dead_processes())
-    return next((kind for kind in dead if kind in ("raylet", "gcs_server")), None)
+    return next((f"Ray's {kind} was killed" for kind in dead if kind in ("raylet", "gcs_server")), None)
+
+
+def _head_of(where: str, address: str) -> Lost:
+    """Looks now and then whether a cluster's head still takes connections; it may be started again."""
+    heard = looked = time.monotonic()
+
+    def lost() -> str | None:
+        nonlocal heard, looked
+        if time.monotonic() - looked < LOOK:
+            return None
+        with contextlib.suppress(OSError):
+            _connect(where)
+            heard = time.monotonic()
+        looked = time.monotonic()
+        return f"the head of the Ray cluster at {address} is gone" if looked - heard > GONE else None
+
+    return lost
 
 
 def _reach(ray: Any, address: str) -> str:
@@ -70,9 +93,13 @@ def _reach(ray: Any, address: str) -> str:
     Raises OSError where nothing listens: Ray itself would try for minutes, deaf to signals.
     """
     where = str(ray._private.services.canonicalize_bootstrap_address_or_die(address))
+    _connect(where)
+    return where
+
+
+def _connect(where: str) -> None:
     host, _, port = where.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    return where
 
 
 @contextlib.contextmanager

@@ -195,7 +195,13 @@ def submit(texts: Scripts, run: Path) -> str:
             _ask("scancel", *jobs)
         raise
     closing = _submit_after(jobs, texts.closing, run) if jobs else _sbatch(texts.closing)
-    return "\n".join([*(f"array     {job}" for job in jobs), f"finalise  {closing}", "watch     squeue --me"])
+    return "\n".join(
+        [
+            *(f"array     {job}" for job in jobs),
+            f"finalise  {closing}",
+            f"watch     boomgen status {shlex.quote(str(run))} --watch",
+        ]
+    )
 
 
 def _submit_after(jobs: Sequence[str], closing: str, run: Path) -> str:
@@ -213,8 +219,16 @@ def _sbatch(text: str, *options: str, hint: str = AGAIN) -> str:
 
 
 def max_array_size() -> int:
-    """The cluster's own."""
+    """The cluster's own.
+
+    Raises:
+        BoomgenError: it takes no arrays.
+    """
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
+    if found and int(found[1]) < 2:
+        raise BoomgenError(
+            f"this cluster takes no arrays ({found[0]}); take slurm/accelerate.sbatch, see docs/clusters.md"
+        )
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 

@@ -9,6 +9,7 @@
 
 import functools
 import os
+import re
 import shlex
 import signal
 from collections.abc import Callable
@@ -16,15 +17,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
-from boomgen import env
+from boomgen import env, manifest
 from boomgen.job import Launch
 from boomgen.prepare import prepare
 from boomgen.progress import look
 from boomgen.run import RunDir, ranges
+from boomgen.shard import PART
 from boomgen.tell import status_text
 from boomgen.verify import verify
 
@@ -32,7 +35,7 @@ from ..conftest import PlanTiny
 from ..finished import finish, made, tree
 from ..s3.server import S3
 from ..s3.test_output import same
-from ..test_bytes import LONG
+from ..test_bytes import LONG, LONGER
 from .engines import LAUNCHERS, NAMES, Ended, Engine, Going, wait_for
 
 IN_CI = {
@@ -121,7 +124,7 @@ def story(engine_of: EngineOf, plan_tiny: PlanTiny, tmp_path_factory: pytest.Tem
         run = plan_tiny(tmp_path_factory.mktemp(name) / NAME, **({} if event == "calm" else LONG))
         going = engine_of(name).start(run)
         {"calm": leave_alone, "killed": kill_one, "lost": lose, "stopped": stop}[event](going)
-        ended, missing, told = going.end(), run.missing(), status_text(run.path)
+        ended, missing, told = going.end(), run.missing(), status_text(run)
         assert going.gone()
         if missing:
             engine_of(ELSEWHERE[name]).finish(run)
@@ -189,26 +192,46 @@ def test_worker_hung(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, undist
     assert made(run) == undisturbed(**LONG)
 
 
+@pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=pytest.mark.slow)])
+def test_sick_worker(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
+    """One that can write no file any more takes nothing from those in order. Ranks: its shards are left to the others."""
+    run = plan_tiny(tmp_path / "run", **LONGER)
+    going = engine_of(name).start(run)
+    psutil.Process(going.busy()[-1]).rlimit(psutil.RLIMIT_FSIZE, (0, 0))
+    ended = going.end()
+    assert ended.code == 0, ended.err
+    assert ended.err.count(" failed at 3 shards in a row and rests while others make some; see ") == 1
+    assert ended.err.count("File too large") < 6
+    assert made(run) == undisturbed(**LONGER)
+
+
 @on_each_engine("poison shard")
 def test_poison_shard(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, tmp_path: Path) -> None:
-    """A shard that always fails is tried three times and named while the rest is made; once its cause is gone, the
-    same command finishes."""
+    """Shards that always fail are tried three times and named while the rest is made; once the cause is gone, the same
+    command finishes."""
     folder = tmp_path / "images" / "class"
     folder.mkdir(parents=True)
-    for number in range(24):
+    for number in range(48):
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
         Image.fromarray(pixels).save(folder / f"{number:02d}.png")
     run, calm = (plan_tiny(tmp_path / name, dataset=str(folder.parent), shard_size=8) for name in ("run", "calm"))
     expected = made(finish(calm))
-    (folder / "07.png").rename(tmp_path / "away")
+    parts = [manifest.read_part(calm.shard(number) / PART) for number in (2, 3, 5)]
+    poisoned = [folder.parent / part["source_key"][0].as_py() for part in parts]
+    for image in poisoned:
+        image.rename(image.with_suffix(".away"))
     ended = engine_of(name).start(run, workers=1).end()
-    (missing,) = run.missing()
-    last = f"boomgen: 1 shards failed 3 times and were set aside; shard {missing}: FileNotFoundError"
-    said(ended, (1, last))
-    assert f"; see boomgen logs {run.path}\n" in ended.out + ended.err
-    assert 3 in [log.read_text().count(f"shard {missing} failed") for log in run.logs.glob("worker-*.log")]
+    missing = run.missing()
+    assert missing == [2, 3, 5]
+    said(ended, (1, "boomgen: "))
+    told = ended.out + ended.err
+    assert re.search(r"boomgen: [123] shards failed 3 times and were set aside; shard [235]: FileNotFoundError", told)
+    assert f"; see boomgen logs {run.path}\n" in told
+    logs = [log.read_text() for log in run.logs.glob("worker-*.log")]
+    assert [max(log.count(f"shard {shard} failed") for log in logs) for shard in missing] == [3, 3, 3]
     assert list(run.staging.iterdir()) == []
-    (tmp_path / "away").rename(folder / "07.png")
+    for image in poisoned:
+        image.with_suffix(".away").rename(image)
     engine_of(name).finish(run)
     assert made(run) == expected
 

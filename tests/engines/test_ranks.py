@@ -79,7 +79,9 @@ def test_parts_are_disjoint_and_whole_and_keep_their_shards(seed: int) -> None:
         assert set(parts[rank]) <= set(own(range(count), Rank(rank, size, 0)))
         rest = others(missing, Rank(rank, size, 0))
         assert sorted(parts[rank] + rest) == missing
-        assert rest == sorted(rest, reverse=True)
+        assert [shard // size for shard in rest] == sorted((shard // size for shard in rest), reverse=True)
+        if rest:
+            assert (rest[0] - rank) % size == min((s - rank) % size for s in rest if s // size == rest[0] // size)
     assert numbers(ranges(missing), count) == missing if missing else True
 
 

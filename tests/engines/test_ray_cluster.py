@@ -130,6 +130,21 @@ def test_a_cluster_that_lost_what_it_cannot_live_without_ends_the_run(
 
 
 @pytest.mark.slow
+def test_a_cluster_of_others_that_lost_its_head_ends_the_run(plan_tiny: PlanTiny, tmp_path: Path) -> None:
+    """Before Ray ends the process, in words of its own."""
+    run = plan_tiny(tmp_path / "run", **JOB | {"variants": 90})  # minutes
+    with engines.ray_cluster(engines.NODE) as cluster:
+        there = ("--ray-address", cluster.address)
+        going = Driver(run, "boomgen", "resume", str(run.path), *RAY, "1", *there)
+        going.wait_published(1)
+        cluster.head_node.kill_gcs_server(check_alive=False)
+        code, out, err = going.end()
+        said = f"the head of the Ray cluster at {cluster.address} is gone, and all workers with it; what is whole stays"
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == f"boomgen: {said}, go on with: boomgen resume {run.path}"
+
+
+@pytest.mark.slow
 def test_workers_that_die_while_starting(plan_tiny: PlanTiny, tmp_path: Path, boomgen: Any) -> None:
     """Of two that cannot write their logs, the run ends; of one, the other makes all."""
     run = plan_tiny(tmp_path / "run")
@@ -139,13 +154,13 @@ def test_workers_that_die_while_starting(plan_tiny: PlanTiny, tmp_path: Path, bo
     done = boomgen("resume", run.path, *RAY, 2, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     *gone, last = done.stderr.splitlines()
-    name = "worker 0 (cpu)", "worker 1 (cpu)"
+    name = [f"worker {number} (cpu of {socket.gethostname()})" for number in (0, 1)]
     assert [line.endswith("; the others go on") for line in gone] == [True]
     assert gone[0].startswith(tuple(f"{who} dies while starting; see {run.logs}" for who in name))
     assert last.startswith("boomgen: workers die while starting (died: IsADirectoryError: [Errno 21]")
     logs[1].rmdir()
     done = boomgen("resume", run.path, *RAY, 2)
-    assert f"worker 0 (cpu) dies while starting; see {logs[0]}; the others go on" in done.stderr.splitlines()
+    assert f"{name[0]} dies while starting; see {logs[0]}; the others go on" in done.stderr.splitlines()
     assert main(["verify", str(run.path)]) == 0
 
 
@@ -160,6 +175,6 @@ def test_a_node_of_another_class_leaves_the_work_to_the_others(
         there = os.environ | {"RAY_ADDRESS": cluster.address}
         done = boomgen("resume", run.path, *RAY, 2, "--ray-address", "auto", env=there)
         (told,) = [line for line in done.stderr.splitlines() if "not of the planned class" in line]
-        assert re.fullmatch(rf"worker [01] on {socket.gethostname()}: this device .*; the others go on", told)
+        assert re.fullmatch(rf"worker [01] \(cpu of {socket.gethostname()}\): this device .*; the others go on", told)
         assert "(here DEFAULT)" in told
         assert made(run) == undisturbed(**JOB)

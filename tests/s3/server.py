@@ -1,6 +1,7 @@
 """A real S3 server (moto, in a process of its own) behind a proxy that injects faults on demand."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ REFUSALS = {
     "500": ("InternalError", "We encountered an internal error. Please try again."),
     "503": ("SlowDown", "Please reduce your request rate."),
 }
-KINDS = (*REFUSALS, "cut", "hang", "lost", "stall")
+KINDS = (*REFUSALS, "cut", "hang", "lost", "stall", "terse")
 HOPS = {"connection", "transfer-encoding", "content-length", "host", "expect"}
 HELD = 300  # seconds, beyond every client's patience
 
@@ -75,7 +76,7 @@ class S3:
 
         '403', '500', '503': S3's own refusals. 'cut': the connection ends inside a GET's answer or a PUT's body.
         'hang': no answer while the client waits. 'lost': the request is carried out, and the connection ends.
-        'stall': nothing of a PUT's body is taken.
+        'stall': nothing of a PUT's body is taken. 'terse': carried out; a refusal does not name the failed condition.
         """
         assert kind in KINDS
         self.faults.append(Fault(kind, times, method, path))
@@ -146,6 +147,8 @@ class _Proxy(BaseHTTPRequestHandler):
         if kind == "lost":
             self._end()
             return
+        if kind == "terse":
+            data = re.sub(rb"<Condition>.*?</Condition>", b"", data)
         told = {name: value for name, value in answer.getheaders() if name.lower() not in HOPS}
         if self.command == "HEAD" and (size := answer.getheader("Content-Length")):
             told["Content-Length"] = size
