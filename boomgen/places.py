@@ -23,6 +23,7 @@ from upath import UPath
 from boomgen.errors import UsageError
 
 URL = re.compile(r"([a-z][a-z0-9+.-]*)://(.*)", re.DOTALL)
+ONE_SLASH = re.compile(r"(s3a?|gs|gcs|az|abfss?|hf|https?):/([^/].*)", re.DOTALL)
 SECRET = re.compile(
     r"^[^/?]*@|^[^@]*:[^@]*@|[?&][^=]*(?:signature|credential|token|key|secret|password|sig)=", re.IGNORECASE
 )
@@ -95,6 +96,8 @@ def place(text: str) -> Place:
     """
     found = URL.match(text)
     if found is None:
+        if slash := ONE_SLASH.match(text):
+            raise UsageError(f"{text}: a URL has two slashes; expected {slash[1]}://{slash[2]}")
         return Path(text)
     protocol, rest = found.groups()
     if SECRET.search(rest):
@@ -217,6 +220,10 @@ def _told(err: Exception, where: object) -> Exception:
         )
     if isinstance(err, LASTING):
         return err
+    if "botocore.ParamValidationError" in kinds and (name := re.search(r'Invalid bucket name "[^"]*"', str(err))):
+        return StorageError(f"{where}: {name[0]}; expected s3://BUCKET/FOLDER")
+    if isinstance(err, ValueError) and str(err).startswith("Invalid endpoint"):
+        return StorageError(f"{where}: {err}; expected a URL in AWS_ENDPOINT_URL")
     if isinstance(err, OSError) or any(kind.startswith(("botocore.", "aiohttp.")) for kind in kinds):
         return StorageError(f"{where}: {line(err)}; expected an answer: check network and AWS_ENDPOINT_URL, or wait")
     return err

@@ -260,6 +260,21 @@ def test_a_device_that_cannot_start_leaves_the_work_to_the_others(
     assert not run.missing()
 
 
+def test_a_worker_that_hangs_while_it_loads_is_given_up(
+    plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk that does not answer: it says nothing, and has no shard that could be overdue."""
+    from boomgen.engines import handout, local
+
+    run, python = plan_tiny(tmp_path / "run"), tmp_path / "python"
+    python.write_text("#!/bin/sh\nexec sleep 1000\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(handout, "LOADING", 0.5)
+    with pytest.raises(BoomgenError, match=rf"workers die while starting \(hung and was killed\); see {run.logs}"):
+        list(local.LocalEngine(run, ["cpu"]).run(range(7)))
+
+
 def test_workers_that_cannot_start(plan_tiny: PlanTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that die while starting are tried three times, then it is one line that names the log."""
     from boomgen.engines.local import LocalEngine

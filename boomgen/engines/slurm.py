@@ -226,9 +226,7 @@ def max_array_size() -> int:
     """
     found = re.search(r"^MaxArraySize\s*=\s*(\d+)", _ask("scontrol", "show", "config"), re.MULTILINE)
     if found and int(found[1]) < 2:
-        raise BoomgenError(
-            f"this cluster takes no arrays ({found[0]}); take slurm/accelerate.sbatch, see docs/clusters.md"
-        )
+        raise BoomgenError(f"this cluster takes no arrays (MaxArraySize {found[1]}); take slurm/accelerate.sbatch")
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 

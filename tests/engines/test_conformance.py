@@ -102,6 +102,7 @@ def kill_one(going: Going) -> None:
     assert found.made >= 8
     assert found.rate > 0
     assert found.seconds["infer"] > 0
+    assert f"boomgen status {shlex.quote(str(going.run.path))} --watch" in status_text(going.run)
     os.kill(victim, signal.SIGKILL)
 
 
@@ -194,7 +195,7 @@ def test_worker_hung(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, undist
 
 @pytest.mark.parametrize("name", ["local", pytest.param("ray", marks=pytest.mark.slow)])
 def test_sick_worker(name: str, engine_of: EngineOf, plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path) -> None:
-    """One that can write no file any more takes nothing from those in order. Ranks: its shards are left to the others."""
+    """One that can write no file any more takes nothing from those in order. Of ranks, others take its shards."""
     run = plan_tiny(tmp_path / "run", **LONGER)
     going = engine_of(name).start(run)
     psutil.Process(going.busy()[-1]).rlimit(psutil.RLIMIT_FSIZE, (0, 0))

@@ -66,6 +66,8 @@ def test_a_world_without_a_rank_is_refused(
     monkeypatch.setenv("LOCAL_RANK", "1")
     said = "2 processes would all make the same shards; drop --part and --shards"
     assert complaint("work", run.path, "--part", "0/2") == complaint("work", run.path, "--shards", "0") == said
+    said = "--engine ray beside 2 processes of a launcher; start boomgen by one of both"
+    assert complaint("resume", run.path, "--engine", "ray") == said
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -15,8 +15,9 @@ import pytest
 
 from boomgen import catalog
 from boomgen.cli import main
+from boomgen.engines import slurm as slurm_engine
 from boomgen.engines.slurm import Scripts, SlurmOptions, requeue, scripts
-from boomgen.errors import UsageError
+from boomgen.errors import BoomgenError, UsageError
 
 from ..conftest import Complaint, PlanTiny
 from ..driver import Driver
@@ -109,6 +110,12 @@ def test_what_is_asked_is_written(asked: dict[str, Any], written: dict[str, str]
     assert "gres" not in directives(closing)
     shared = {name: value for name, value in written.items() if name in ("time", "partition", "account", "mem")}
     assert shared.items() <= directives(closing).items()
+
+
+def test_a_cluster_without_arrays_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slurm_engine, "_ask", lambda *_: "MaxArraySize            = 0\nMaxBatchRequeue         = 5")
+    with pytest.raises(BoomgenError, match=r"^this cluster takes no arrays \(MaxArraySize 0\); take slurm/"):
+        slurm_engine.max_array_size()
 
 
 TOO_SHORT = "expected more than 2 minutes, since so long before it workers are warned"

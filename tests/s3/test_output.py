@@ -1,5 +1,7 @@
 """Runs whose outputs go to an object store: the bytes of a run on disk, through faults and kills, and loaders."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -7,10 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
-import fsspec
 import pytest
-import webdataset
 from webdataset.gopen import gopen_schemes
 
 from boomgen import manifest, places, store
@@ -29,10 +28,11 @@ from boomgen.worker import Worker
 from ..conftest import Complaint, PlanTiny
 from ..finished import command_line, finish, grey, pixel_hash, write_portraits
 from ..scanner import leaks
-from ..test_bytes import AUGMENT
+from ..test_bytes import AUGMENT, LONG
 from ..test_privacy import needles
 from .server import S3
 
+DOCS = Path(__file__).parents[2] / "docs"
 PlanAway = Callable[..., RunDir]
 
 
@@ -263,6 +263,16 @@ def test_a_store_that_stays_away_stops_the_run_with_one_line(
     same(finish(run), finish(RunDir(tmp_path / "here")))
 
 
+def test_one_worker_that_a_store_refuses_ends_no_run(s3: S3, plan_away: PlanAway, tmp_path: Path, boomgen: Any) -> None:
+    """While another is in order, it is replaced. By the last shard both of two are there."""
+    run = plan_away(f"{s3.url}/run", **LONG)
+    fault = s3.fault("403", 1, "PUT", "00012/done.json")
+    done = boomgen("resume", run.path, "--device", "cpu", "--workers", 2)
+    assert fault.met == 1
+    assert re.search(r"^shard 12: worker [01] gave up: s3://.*/done.json: Access Denied; expected", done.stderr, re.M)
+    same(RunDir(run.path), finish(RunDir(tmp_path / "here")))
+
+
 def test_damage_in_the_store_is_named(s3: S3, plan_away: PlanAway) -> None:
     """Though its server fails once; a lost record makes its shard missing."""
     run = finish(plan_away(f"{s3.url}/run", limit=32))
@@ -333,20 +343,32 @@ def test_another_run_s_place_is_refused(s3: S3, plan_away: PlanAway, complaint: 
     assert said.endswith("value error, is for an --out that is a URL; another --out is private itself")
 
 
+def test_places_that_cannot_be(s3: S3, plan_tiny: PlanTiny, complaint: Complaint, boomgen: Any, tmp_path: Path) -> None:
+    line = command_line(plan_tiny(tmp_path / "here").plan.job, tmp_path / "-", verb="anonymize")
+    where = line.index("--out") + 1
+    line[where] = "s3:/bucket/run"
+    assert complaint(*line) == "s3:/bucket/run: a URL has two slashes; expected s3://bucket/run"
+    line[where] = "s3://No_Bucket!/run"
+    said = complaint(*line, code=1)
+    assert said == 's3://No_Bucket!/run/plan.sha256: Invalid bucket name "No_Bucket!"; expected s3://BUCKET/FOLDER'
+    line[where] = f"{s3.url}/run"
+    done = boomgen(*line, check=False, env=os.environ | {"AWS_ENDPOINT_URL": "127.0.0.1:5555"})
+    said = f"boomgen: {s3.url}/run/plan.sha256: Invalid endpoint: 127.0.0.1:5555; expected a URL in AWS_ENDPOINT_URL\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 # What reads it -----------------------------------------------------------------------------------------------------
 
 
 def test_loaders_read_it(s3: S3, plan_away: PlanAway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As the docs tell: `datasets` by its tars' URL, webdataset by a handler of two lines."""
+    """By the docs' own lines."""
     run = finish(plan_away(f"{s3.url}/run"))
     expected = {row["key"]: row["pixel_sha256"] for row in manifest.read(run.manifest).to_pylist()}
-    tars = f"{run.dataset}/data/train-*.tar"
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    rows = datasets.load_dataset(
-        "webdataset", data_files={"train": tars}, split="train", cache_dir=str(tmp_path / "cache")
-    )
-    assert {row["__key__"]: pixel_hash(grey(row["png"])[..., None]) for row in rows} == expected
-    monkeypatch.setitem(gopen_schemes, "s3", lambda url, mode, size: fsspec.open(url, mode).open())
-    names = f"{run.dataset}/data/train-{{00000..00006}}-of-00007.tar"
-    stream = webdataset.WebDataset(names, shardshuffle=False).decode("pil")
-    assert {row["__key__"]: pixel_hash(grey(row["png"])[..., None]) for row in stream} == expected
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setitem(gopen_schemes, "s3", None)
+    (lines,) = re.findall(r"```python\n(.*?)```", (DOCS / "stores.md").read_text(), re.DOTALL)
+    told: dict[str, Any] = {}
+    exec(lines.replace("s3://bucket", s3.url).replace("00012", "00006").replace("00013", "00007"), told)
+    for rows in (told["rows"], told["stream"].decode("pil")):
+        assert {row["__key__"]: pixel_hash(grey(row["png"])[..., None]) for row in rows} == expected
