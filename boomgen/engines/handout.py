@@ -19,12 +19,14 @@ from boomgen.errors import BoomgenError
 ATTEMPTS = 3
 """A shard that failed so often is set aside, and the rest goes on."""
 HOPELESS = 30
-"""So many shards that fail in a row, whoever tries, end a run: it cannot be written, or nothing can be read."""
+"""So many shards that fail in a row, and nobody in order, end a run: it cannot be written, or nothing can be read."""
 STRAGGLES = 2.0
 """Times the usual time of a shard, after which it is handed out a second time if nothing else is left to do."""
 SLOWEST = 20
 """Times the longest silence so far, after which a worker is taken for hung."""
 PATIENCE = 600.0  # seconds, at the least
+TICK = 5.0
+"""Seconds, at the least, between two words of a worker in mid-shard: of a thousand, no driver can hear each batch."""
 LOADING = 1800.0  # seconds, at the least, in which a worker that began has to be ready
 WORTH = 10.0  # seconds; a shard that has been in hand for less is not handed out again
 RECENT = 101  # shards that the usual time is taken of
@@ -148,7 +150,7 @@ class HandOut:
         """A worker could not make its shard, or has gone: the shard, for somebody else to try; None: it had none.
 
         Raises:
-            BoomgenError: HOPELESS shards in a row failed.
+            BoomgenError: HOPELESS shards in a row failed, and nobody is in order.
         """
         self._well.discard(worker)
         self._loading.pop(worker, None)
@@ -159,8 +161,8 @@ class HandOut:
             return None
         self.failures[held.shard] += 1
         self._failed_first += self.failures[held.shard] == 1
-        if self._failed_first >= HOPELESS:
-            raise BoomgenError(f"{HOPELESS} shards in a row failed, the last with {why}")
+        if self._failed_first >= HOPELESS and self.alone(worker):
+            raise BoomgenError(f"{self._failed_first} shards in a row failed, the last with {why}")
         if self.failures[held.shard] < ATTEMPTS:
             self.queue.append(held.shard)
         else:
@@ -175,7 +177,7 @@ class HandOut:
         row.add(shard)
         if len(row) >= ATTEMPTS:
             self._rests[worker] = self._made + ATTEMPTS * 2 ** (len(row) - ATTEMPTS)
-        if len(row) == ATTEMPTS and self._others(worker):
+        if len(row) == ATTEMPTS and not self.alone(worker):
             self.resting.append(worker)
 
     def alone(self, worker: int) -> bool:
@@ -195,7 +197,7 @@ class HandOut:
         if self._asked is None and not self._silence:
             return late
         limit = max(PATIENCE if self._asked is None else self._asked, SLOWEST * self._silence)
-        return late + [worker for worker, held in self._held.items() if now - held.heard > limit]
+        return late + [worker for worker, held in self._held.items() if now - held.heard > TICK + limit]
 
 
 def set_aside(aside: Mapping[int, str], run: Path) -> None:

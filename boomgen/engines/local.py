@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from boomgen import env
 from boomgen.engines.crew import Crew
-from boomgen.engines.handout import Event, HandOut, set_aside
+from boomgen.engines.handout import TICK, Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
 from boomgen.heartbeat import Telling
 from boomgen.run import RunDir
@@ -32,8 +32,6 @@ SECRETS = re.compile("(TOKEN|PASSWORD|_KEY)$|SECRET|^FSSPEC_", re.IGNORECASE)
 """Names of environment variables that reach a worker through its pipe: its environment can be read from outside."""
 
 
-TICK = 5.0
-"""Seconds, at the least, between two words from the midst of a shard."""
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 """The plan names commits that are in the cache: of many workers, none may ask the Hub."""
 
@@ -205,7 +203,7 @@ def serve_shard(worker: Any, shard: int, say: Any) -> None:
     """Make one shard and say what came of it. SystemExit where a fresh process is needed for the next."""
     last = time.monotonic()
 
-    def tick(_: int) -> None:  # a driver of a thousand workers cannot listen to each batch
+    def tick(_: int) -> None:
         nonlocal last
         if time.monotonic() - last >= TICK:
             last = time.monotonic()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.handout import simulate
-from boomgen.engines.handout import ATTEMPTS, HOPELESS, LOADING, PATIENCE, WORTH, Event, HandOut, set_aside
+from boomgen.engines.handout import ATTEMPTS, HOPELESS, LOADING, PATIENCE, TICK, WORTH, Event, HandOut, set_aside
 from boomgen.errors import BoomgenError
 
 
@@ -123,7 +123,13 @@ def test_where_all_fail_nobody_rests_and_shards_are_set_aside() -> None:
 
 
 def test_of_many_shards_that_fail_without_one_that_is_made_the_run_ends() -> None:
-    """Each may have cost an hour, and a full disk stays full."""
+    """Each may have cost an hour, and a full disk stays full. Not while somebody is in order, who may make some."""
+    handout = HandOut(range(1000))
+    assert handout.take(99, 0.0) == 0
+    for number in range(1, 2 * HOPELESS):
+        fails_at(handout, number, number)
+    with pytest.raises(BoomgenError, match="60 shards in a row failed, the last with disk full"):
+        handout.failed(99, "disk full")
     handout = HandOut(range(1000))
     for number in range(HOPELESS - 1):
         fails_at(handout, number % 8, number)
@@ -172,12 +178,12 @@ def test_silence_is_measured_by_the_longest_so_far(patience: float | None, heard
     handout.take(1, 0.0)
     handout.tick(0, heard)
     handout.tick(1, heard)
-    assert handout.overdue(heard + limit) == []
+    assert handout.overdue(heard + TICK + limit) == []
     handout.tick(1, heard + limit)
     handout = HandOut([0, 1], patience)
     handout.take(0, 0.0)
     handout.tick(0, heard)
-    assert handout.overdue(heard + limit + 0.1) == [0]
+    assert handout.overdue(heard + TICK + limit + 0.1) == [0]
 
 
 def test_nobody_knows_how_long_a_first_batch_takes() -> None:
@@ -186,7 +192,7 @@ def test_nobody_knows_how_long_a_first_batch_takes() -> None:
     assert handout.overdue(1e9) == []
     asked = HandOut([0], patience=60)
     asked.take(0, 0.0)
-    assert asked.overdue(61.0) == [0]
+    assert asked.overdue(61.0 + TICK) == [0]
 
 
 @pytest.mark.parametrize("seed", range(50))
