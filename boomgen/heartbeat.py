@@ -41,6 +41,7 @@ class Word(BaseModel):
     host: str
     pid: int
     device: str
+    loading: bool = False  # it is not ready yet
     up: NonNegativeFloat = 0.0  # seconds since it was ready
     shards: NonNegativeInt = 0
     rows: NonNegativeInt = 0  # those of the shard in hand among them
@@ -61,16 +62,23 @@ class Heard(NamedTuple):
 
 
 class Telling:
-    """A worker that leaves word of itself, with every shard and at most once a second in the midst of one."""
+    """A worker that leaves word of itself: while `load` makes it, with every shard, and at most once a second in the
+    midst of one."""
 
-    def __init__(self, worker: Any, number: int) -> None:
-        host, folder = socket.gethostname(), worker.run.workers
-        self.worker = worker
+    def __init__(self, run: RunDir, device: str, number: int, load: Callable[[], Any]) -> None:
+        host, folder = socket.gethostname(), run.workers
         self.path = folder / f"{number:03d}-{re.sub(r'[^a-zA-Z0-9.-]', '_', host)}-{os.getpid()}.json"
         self.start = self.told = time.monotonic()
-        self.word = Word(worker=number, host=host, pid=os.getpid(), device=_device(worker.device))
+        self.word = Word(worker=number, host=host, pid=os.getpid(), device=_device(device))
         with contextlib.suppress(OSError):
             folder.mkdir(exist_ok=True)
+        self._tell(loading=True)
+        try:
+            self.worker = load()
+        except BaseException:
+            self.close()
+            raise
+        self.start = time.monotonic()
         self._tell()
 
     def make_shard(self, shard: int, tick: Callable[[int], None]) -> dict[str, Any]:
@@ -96,9 +104,9 @@ class Telling:
         finally:  # what was made of a shard that failed is made again
             self._tell()
 
-    def _tell(self, **in_hand: Any) -> None:
+    def _tell(self, **more: Any) -> None:
         self.told = time.monotonic()
-        word = self.word.model_copy(update={**in_hand, "up": round(self.told - self.start, 3)})
+        word = self.word.model_copy(update={"up": round(self.told - self.start, 3), **more})
         with contextlib.suppress(OSError):
             partial = self.path.with_name(f".{self.path.name}")
             partial.write_text(word.model_dump_json(), encoding="utf-8")

@@ -28,8 +28,8 @@ class Seen(NamedTuple):
     """One worker. It straggles when its shard has been in hand for twice as long as is usual."""
 
     word: Word
-    state: str  # busy, straggling, idle or silent
-    held: float  # seconds that its shard has been in hand, or that it has been idle
+    state: str  # loading, busy, straggling, idle or silent
+    held: float  # seconds that its shard has been in hand, or that it has been idle or loading
     silence: float  # seconds since it said something
     rate: float  # images/s since it was ready
 
@@ -79,7 +79,9 @@ def _seen(heard: Heard, usual: float | None) -> Seen:
     held, late = word.held + silence, max(WORTH, STRAGGLES * usual) if usual else None
     state = "idle" if word.shard is None else "straggling" if late and held > late else "busy"
     rate = round(word.rows / word.up, 3) if word.up else 0.0
-    return Seen(word, "silent" if gone else state, round(held, 3), round(silence, 3), rate)
+    return Seen(
+        word, "silent" if gone else "loading" if word.loading else state, round(held, 3), round(silence, 3), rate
+    )
 
 
 def line(found: Look) -> str:
@@ -91,9 +93,12 @@ def line(found: Look) -> str:
     parts += [f"{failed} failed"] if failed else []
     ill = [seen for seen in found.workers if seen.state in ("straggling", "silent")]
     parts += [f"worker {seen.word.worker} of {seen.word.host}: {does(seen, found)}" for seen in ill]
+    loading = sum(seen.state == "loading" for seen in found.workers)
     if rates:
         parts += [f"{len(rates)} at work" + (f" ({min(rates):.1f} to {max(rates):.1f} images/s)" if max(rates) else "")]
-    elif found.status.missing:
+    if loading:
+        parts += [f"{loading} loading"]
+    if not rates and not loading and found.status.missing:
         parts += ["nobody at work"]
     if any(found.seconds.values()):
         parts += [f"{name} {found.seconds[name]:.0f} s" for name in NONE]
@@ -102,8 +107,8 @@ def line(found: Look) -> str:
 
 def does(seen: Seen, found: Look) -> str:
     """What a worker does, or did last."""
-    if seen.state == "idle":
-        return f"idle for {seen.held:.0f} s"
+    if seen.state in ("idle", "loading"):
+        return f"{seen.state} for {seen.held:.0f} s"
     if seen.state == "silent":
         return f"silent for {seen.silence:.0f} s, had shard {seen.word.shard}"
     usual = f", straggles (usual: {found.status.usual:.0f} s)" if seen.state == "straggling" else ""

@@ -94,6 +94,7 @@ def test_a_look_counts_halves_and_names_who_straggles_or_is_silent(clock: None, 
     )
     assert told["workers"][3] | {"silence": 90} == {
         **{"worker": 3, "host": "far", "pid": 2**30, "device": "cpu", "batch": 5, "up": 100, "shards": 0},
+        **{"loading": False},
         **{"shard": 6, "made": 8, "rows": 20, "state": "silent", "rate": 0.2, "silence": 90},
         **{"seconds": heartbeat.NONE, "spent": heartbeat.NONE, "held": told["workers"][3]["held"]},
     }
@@ -138,7 +139,7 @@ def test_a_worker_says_how_far_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatc
     now = iter(range(10**6))
     monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: next(now) * 0.4))
     made = Made(run)
-    worker = Telling(made, 3)
+    worker = Telling(run, "cpu", 3, lambda: made)
     worker.make_shard(0, lambda rows: None)
     assert [(word["shard"], word["made"], word["rows"]) for word in made.seen] == [(0, 0, 0), (0, 0, 0), (0, 24, 24)]
     assert made.seen[2]["spent"] == HALF
@@ -151,10 +152,26 @@ def test_a_worker_says_how_far_it_is(run: RunDir, monkeypatch: pytest.MonkeyPatc
     assert list(run.workers.iterdir()) == []
 
 
+def test_a_worker_is_seen_while_it_loads(run: RunDir) -> None:
+    """And no more, where it cannot."""
+
+    def load() -> Made:
+        (seen,) = look(run).workers
+        assert (seen.state, seen.rate) == ("loading", 0)
+        assert line(look(run)).endswith(" 1 loading, read 4 s, infer 90 s, write 6 s")
+        return Made(run)
+
+    Telling(run, "cpu", 0, load).close()
+    with pytest.raises(ZeroDivisionError):
+        Telling(run, "cpu", 0, lambda: 1 / 0)
+    assert list(run.workers.iterdir()) == []
+    assert ", nobody at work, " in line(look(run))
+
+
 def test_a_word_that_cannot_be_written_fails_no_shard(run: RunDir) -> None:
     run.workers.rmdir()
     run.workers.write_text("in the way")
-    worker = Telling(Made(run), 0)
+    worker = Telling(run, "cpu", 0, lambda: Made(run))
     assert worker.make_shard(1, lambda rows: None)["ok"] == 24
     worker.close()
 

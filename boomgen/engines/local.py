@@ -166,9 +166,7 @@ def serve(path: str, device: str, allow_mixed: bool, number: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= json.loads(sys.stdin.readline() or "{}")
     try:
-        from boomgen.worker import Worker
-
-        worker = Telling(Worker(RunDir(path), env.claim(device), allow_mixed), number)
+        worker = loaded(RunDir(path), env.claim(device), allow_mixed, number)
     except BoomgenError as err:
         say("fatal", text=str(err))
         return 1
@@ -177,6 +175,17 @@ def serve(path: str, device: str, allow_mixed: bool, number: int) -> int:
         for line in sys.stdin:
             serve_shard(worker, int(line), say)
     return 0
+
+
+def loaded(run: RunDir, device: str, allow_mixed: bool, number: int) -> Telling:
+    """A worker that tells of itself, from before it loads torch and the model."""
+
+    def load() -> Any:
+        from boomgen.worker import Worker
+
+        return Worker(run, device, allow_mixed)
+
+    return Telling(run, device, number, load)
 
 
 def make_logged(worker: Any, shard: int, tick: Callable[[int], None], log: Callable[[str], None]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
-from boomgen.engines.local import gist, make_logged, write_log
+from boomgen.engines.local import gist, loaded, make_logged, write_log
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.heartbeat import BATCHES, SILENT, Telling, bury
+from boomgen.heartbeat import BATCHES, SILENT, bury
 from boomgen.run import RunDir
 
 LAUNCHERS = (
@@ -93,13 +93,11 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
     left = _left(run, shards)
     if not left:
         return
-    from boomgen.worker import Worker
-
     bury(run)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, rank.rank))
         claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
-        worker = stack.enter_context(contextlib.closing(Telling(Worker(run, claimed, allow_mixed), rank.rank)))
+        worker = stack.enter_context(contextlib.closing(loaded(run, claimed, allow_mixed, rank.rank)))
         maker, mine = _Maker(run, worker, log), len(own(shards, rank))
         print(f"worker {rank.rank} of {rank.world_size}: {mine} shards on {device}", file=sys.stderr, flush=True)
         waiting = [shard for shard in own(left, rank) if not maker.settled(shard)]

@@ -20,10 +20,10 @@ from typing import Any
 
 from boomgen.engines.crew import Crew
 from boomgen.engines.handout import Event, HandOut, set_aside
-from boomgen.engines.local import OFFLINE, gist, serve_shard, write_log
+from boomgen.engines.local import OFFLINE, gist, loaded, serve_shard, write_log
 from boomgen.engines.ray_cluster import Lost, cluster, signals_noted, stdout_kept
 from boomgen.errors import BoomgenError
-from boomgen.heartbeat import Telling, forget
+from boomgen.heartbeat import forget
 from boomgen.run import RunDir
 
 NOISE = "ray.out"
@@ -57,9 +57,7 @@ class Actor:
         try:
             run = RunDir(self.path)
             _write_to(run.logs / f"worker-{self.number:03d}.log")
-            from boomgen.worker import Worker
-
-            self.worker = Telling(Worker(run, self.device, self.allow_mixed), self.number)
+            self.worker = loaded(run, self.device, self.allow_mixed, self.number)
         except BoomgenError as err:
             say("fatal", text=str(err))
         except Exception:
