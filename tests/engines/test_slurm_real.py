@@ -128,6 +128,7 @@ def test_the_warning_before_the_end_of_time_requeues(
     said = log(run, f"logs/slurm-{array}_0.log")
     assert re.findall(r"^part 0/2 on n\d, start (\d)$", said, re.MULTILINE) == ["1", "2"]
     assert "stopped (SIGUSR1)" in said
+    assert ("go on with" in said) == (where == "in an image")  # there the script requeues, after its worker
     assert "not requeued" not in said
     assert "start 2" not in log(run, f"logs/slurm-{array}_1.log")
 
