@@ -353,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (Stopped, KeyboardInterrupt) as err:
         run = getattr(err, "run", None)
         again = f"what is whole stays, go on with: boomgen resume {run}" if run else "run the same command again"
+        again = "requeued, what is whole stays" if getattr(err, "requeued", False) else again
         return _complain(f"stopped ({str(err) or 'SIGINT'}); {again}", STOPPED, False)
 
 

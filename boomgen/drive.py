@@ -111,8 +111,8 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
         with _signals(), bar(run) if is_first() and part is None and shards is None else nullcontext():
             _work(run, launch, missing, part or rank or Rank(0, 1, 0))
     except Stopped as err:
-        requeued = str(err) == signal.SIGUSR1.name and requeue(progress=_any_whole(run, missing))
-        err.run = None if requeued else run.path
+        err.run = run.path
+        err.requeued = str(err) == signal.SIGUSR1.name and requeue(progress=_any_whole(run, missing))
         raise
 
 

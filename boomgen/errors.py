@@ -15,9 +15,11 @@ class UsageError(BoomgenError):
 
 
 class Stopped(BaseException):
-    """A signal asked for the end (exit code 75); what is published stays. `run` is its folder, once it is planned."""
+    """A signal asked for the end (exit code 75); what is published stays. `run` is its folder, once it is planned;
+    `requeued`: a scheduler goes on by itself."""
 
     run: Path | None = None
+    requeued = False
 
 
 class RowError(BoomgenError):
