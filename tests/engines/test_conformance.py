@@ -125,8 +125,9 @@ def story(engine_of: EngineOf, plan_tiny: PlanTiny, tmp_path_factory: pytest.Tem
         run = plan_tiny(tmp_path_factory.mktemp(name) / NAME, **({} if event == "calm" else LONG))
         going = engine_of(name).start(run)
         {"calm": leave_alone, "killed": kill_one, "lost": lose, "stopped": stop}[event](going)
-        ended, missing, told = going.end(), run.missing(), status_text(run)
-        assert going.gone()
+        ended = going.end()
+        assert going.gone()  # of a driver that was killed, workers end after it
+        missing, told = run.missing(), status_text(run)
         if missing:
             engine_of(ELSEWHERE[name]).finish(run)
         return Story(run, ended, missing, told)
