@@ -77,6 +77,8 @@ class Telling:
             self.worker = load()
         except BaseException:
             self.close()
+            with contextlib.suppress(OSError):  # others are there
+                folder.rmdir()
             raise
         self.start = time.monotonic()
         self._tell()
