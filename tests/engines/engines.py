@@ -194,7 +194,7 @@ def ray_cluster(node: dict[str, int]) -> Iterator[Any]:
     from ray.cluster_utils import Cluster as RayCluster
 
     short = tempfile.mkdtemp(dir="/tmp")
-    Path("/tmp/ray").mkdir(exist_ok=True)  # where Cluster writes its address, whatever it is told
+    Path(tempfile.gettempdir(), "ray").mkdir(exist_ok=True)  # where Cluster writes its address, whatever it is told
     health = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_timeout_ms": 500}
     first = {"include_dashboard": False, "temp_dir": short, "node_ip_address": "127.0.0.2"}
     first["_system_config"] = health | {"health_check_failure_threshold": 3, "worker_niceness": 0}
