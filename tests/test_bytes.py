@@ -170,6 +170,7 @@ def test_resumed_from_a_thread(plan_tiny: PlanTiny, undisturbed: Any, tmp_path: 
         worker.make_shard(number)
     with ThreadPoolExecutor() as pool:
         pool.submit(drive.resume, run, Launch()).result()
+    assert run.status().finalised
     assert made(run) == undisturbed()
 
 

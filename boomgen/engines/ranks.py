@@ -84,24 +84,23 @@ def part(text: str) -> Rank:
 
 
 def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixed: bool = False) -> None:
-    """Make these shards, its own first, but for those that are whole or in another's hands; return when all are whole.
+    """Make these missing shards, its own first, but for those in another's hands; return when all are whole.
 
     Raises:
         BoomgenError: this device is not of the planned class, or, when all others are whole, shards failed ATTEMPTS
             times.
     """
-    left = _left(run, shards)
-    if not left:
+    if not shards:
         return
     bury(run)
     with contextlib.ExitStack() as stack:
         log = stack.enter_context(_log(run, rank.rank))
         claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
         worker = stack.enter_context(contextlib.closing(loaded(run, claimed, allow_mixed, rank.rank)))
-        maker, mine = _Maker(run, worker, log), len(own(shards, rank))
-        print(f"worker {rank.rank} of {rank.world_size}: {mine} shards on {device}", file=sys.stderr, flush=True)
-        waiting = [shard for shard in own(left, rank) if not maker.settled(shard)]
-        todo = _left(run, waiting + others(left, rank))
+        maker, mine = _Maker(run, worker, log), own(shards, rank)
+        print(f"worker {rank.rank} of {rank.world_size}: {len(mine)} shards on {device}", file=sys.stderr, flush=True)
+        waiting = [shard for shard in mine if not maker.settled(shard)]
+        todo = _left(run, waiting + others(shards, rank))
         while todo:
             waiting = [shard for shard in todo if not maker.settled(shard)]
             if waiting == todo:
