@@ -86,9 +86,9 @@ def work(args: argparse.Namespace) -> int:
     run = RunDir(args.run)
     shards = numbers(args.shards, run.plan.shards) if args.shards else None
     part = ranks.part(args.part) if args.part else None
-    drive.work(run, launch, part, shards)
+    chosen = drive.work(run, launch, part, shards)
     if part or shards is not None:
-        _say(part_text(run, args.part, args.shards, drive.chosen(run, part, shards)))
+        _say(part_text(run, args.part, args.shards, chosen))
     elif drive.is_first():
         _say(status_text(run))
     return DONE

@@ -95,9 +95,9 @@ def is_first() -> bool:
     return rank is None or rank.rank == 0
 
 
-def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence[int] | None = None) -> None:
+def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence[int] | None = None) -> list[int]:
     """One worker in this process, which makes what is missing of its part, or of these shards; else it shares all with
-    the other ranks of its launcher. It closes nothing.
+    the other ranks of its launcher. It closes nothing. What it was to make, with what was whole before.
 
     Raises:
         UsageError: a part or shards are named, and a launcher started several processes, which would all make them.
@@ -106,7 +106,8 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
     rank = rank_of(os.environ)
     if rank and (part or shards is not None):
         raise UsageError(f"{rank.world_size} processes would all make the same shards; drop --part and --shards")
-    missing = sorted(set(chosen(run, part, shards)) & set(run.missing()))
+    chosen = _chosen(run, part, shards)
+    missing = sorted(set(chosen) & set(run.missing()))
     try:
         with _signals(), bar(run) if is_first() and part is None and shards is None else nullcontext():
             _work(run, launch, missing, part or rank or Rank(0, 1, 0))
@@ -114,6 +115,7 @@ def work(run: RunDir, launch: Launch, part: Rank | None = None, shards: Sequence
         err.run = run.path
         err.requeued = str(err) == signal.SIGUSR1.name and requeue(progress=_any_whole(run, missing))
         raise
+    return chosen
 
 
 def _any_whole(run: RunDir, shards: Sequence[int]) -> bool:
@@ -124,7 +126,7 @@ def _any_whole(run: RunDir, shards: Sequence[int]) -> bool:
         return True
 
 
-def chosen(run: RunDir, part: Rank | None, shards: Sequence[int] | None) -> list[int]:
+def _chosen(run: RunDir, part: Rank | None, shards: Sequence[int] | None) -> list[int]:
     """The shards of a part, or of those that are named; without both, all."""
     named = sorted(set(shards)) if shards is not None else list(range(run.plan.shards))
     return own(named, part) if part else named
