@@ -25,7 +25,7 @@ from PIL import Image
 from boomgen import env, manifest
 from boomgen.job import Launch
 from boomgen.prepare import prepare
-from boomgen.progress import look
+from boomgen.progress import AT_WORK, Look, look
 from boomgen.run import RunDir, ranges
 from boomgen.shard import PART
 from boomgen.tell import status_text
@@ -95,12 +95,16 @@ def leave_alone(going: Going) -> None:
 
 
 def kill_one(going: Going) -> None:
-    """One that `boomgen status` shows at work."""
-    victim = going.busy(workers=1)[-1]  # elements of an array may follow each other
-    found = look(going.run)
-    assert victim in [seen.word.pid for seen in found.workers if seen.state in ("busy", "idle")]
+    """One that `boomgen status` shows in mid-shard, once somebody's speed is known: before its first batch, none is."""
+
+    def shown() -> tuple[Look, int] | None:
+        assert not going.over(), going.end()
+        found, in_hand = look(going.run), going.workers()
+        at_work = [seen.word.pid for seen in found.workers if seen.state in AT_WORK and seen.word.pid in in_hand]
+        return (found, at_work[-1]) if found.rate and at_work else None
+
+    found, victim = wait_for(shown)
     assert found.made >= 8
-    assert found.rate > 0
     assert found.seconds["infer"] > 0
     assert f"boomgen status {shlex.quote(str(going.run.path))} --watch" in status_text(going.run)
     os.kill(victim, signal.SIGKILL)
