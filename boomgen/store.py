@@ -252,9 +252,22 @@ class Bucket:
                 raise UsageError(f"{self.url} holds another run; use another --out")
 
     def taken(self) -> bool:
-        """Whether a plan has claimed it; also whether it can be reached at all."""
+        """Whether a plan has claimed it. Where none has, an empty object is put and removed: planning may take hours.
+
+        Raises:
+            UsageError: there is no such bucket.
+            BoomgenError: it cannot be reached, or may not be written.
+        """
+        probe = self.url / f"probe-{uuid.uuid4().hex}"
         with self._reached():
-            return exists(self.url / CLAIM)
+            if exists(self.url / CLAIM):
+                return True
+            try:
+                self._put(probe, b"")
+            except FileNotFoundError as err:
+                raise UsageError(f"{self.url}: {line(err)}; create it, or use another --out") from err
+            self._remove(probe.path)
+        return False
 
     def _private(self, number: int) -> Path:
         return self.run / "shards" / f"{number:05d}"

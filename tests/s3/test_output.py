@@ -335,12 +335,26 @@ def test_another_run_s_place_is_refused(s3: S3, plan_away: PlanAway, complaint: 
         f"{run.path} was planned with out {s3.url}/run (now {s3.url}/elsewhere); use another --private-dir, or boomgen "
         f"resume {run.path}"
     )
-    line[line.index("--out") + 1] = "s3://no-such-bucket/run"
-    said = complaint(*line, "--private-dir", tmp_path / "other", code=1)
-    assert said == "s3://no-such-bucket/run: The specified bucket does not exist"
     line[line.index("--out") + 1] = tmp_path / "disk"
     said = complaint(*line, "--private-dir", tmp_path / "other")
     assert said.endswith("value error, is for an --out that is a URL; another --out is private itself")
+
+
+def test_a_place_that_takes_nothing_is_known_before_the_data_set_is_read(
+    s3: S3, plan_tiny: PlanTiny, complaint: Complaint, tmp_path: Path
+) -> None:
+    line = command_line(plan_tiny(tmp_path / "here").plan.job, tmp_path / "-", verb="anonymize")
+    (broken := tmp_path / "broken").mkdir()
+    line[line.index("--dataset") + 1] = broken
+    where = line.index("--out") + 1
+    line[where] = "s3://no-such-bucket/run"
+    said = "s3://no-such-bucket/run: The specified bucket does not exist; create it, or use another --out"
+    assert complaint(*line) == said
+    line[where] = f"{s3.url}/run"
+    s3.fault("403", 1, "PUT")
+    assert complaint(*line, code=1).startswith(f"{s3.url}/run/probe-")
+    assert complaint(*line).startswith(f"{broken} is an empty folder; ")
+    assert not s3.behind.find(s3.bucket)
 
 
 def test_places_that_cannot_be(s3: S3, plan_tiny: PlanTiny, complaint: Complaint, boomgen: Any, tmp_path: Path) -> None:
