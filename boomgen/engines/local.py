@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from boomgen import env
 from boomgen.engines.crew import Crew
@@ -233,10 +233,13 @@ def serve_shard(worker: Any, shard: int, say: Any) -> None:
         say("done", shard, rows=record["rows"], ok=record["ok"])
 
 
-def write_log(text: str, file: IO[str] | None = None) -> None:
+def write_log(text: str, path: Path | None = None) -> None:
     """Add to a worker's log; None: its stderr is the log."""
-    with contextlib.suppress(OSError):  # on a full disk the shard counts, not the talk about it
-        print(printable(text), file=file or sys.stderr, flush=True)
+    with (
+        contextlib.suppress(OSError),  # on a full disk the shard counts, not the talk about it
+        path.open("a", encoding="utf-8") if path else contextlib.nullcontext(sys.stderr) as file,
+    ):
+        print(printable(text), file=file, flush=True)
 
 
 if __name__ == "__main__":

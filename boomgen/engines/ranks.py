@@ -10,15 +10,18 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+
+from tqdm import tqdm
 
 from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
 from boomgen.engines.local import gist, loaded, make_logged, write_log
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.heartbeat import BATCHES, SILENT, bury
+from boomgen.heartbeat import BATCHES, SILENT, bury, words
 from boomgen.run import RunDir
+from boomgen.untrusted import printable
 
 LAUNCHERS = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),  # torchrun, accelerate launch
@@ -93,21 +96,28 @@ def work(run: RunDir, shards: Sequence[int], rank: Rank, device: str, allow_mixe
     if not shards:
         return
     bury(run)
-    with contextlib.ExitStack() as stack:
-        log = stack.enter_context(_log(run, rank.rank))
-        claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
-        worker = stack.enter_context(contextlib.closing(loaded(run, claimed, allow_mixed, rank.rank)))
-        maker, mine = _Maker(run, worker, log), own(shards, rank)
+    run.logs.mkdir(exist_ok=True)
+    mine, theirs = own(shards, rank), others(shards, rank)
+    claimed = env.claim(f"cuda:{rank.local}" if device == "cuda" else device)
+    with contextlib.closing(loaded(run, claimed, allow_mixed, rank.rank)) as worker:
+        maker = _Maker(run, worker, rank.rank)
         print(f"worker {rank.rank} of {rank.world_size}: {len(mine)} shards on {device}", file=sys.stderr, flush=True)
         waiting = [shard for shard in mine if not maker.settled(shard)]
-        todo = _left(run, waiting + others(shards, rank))
+        todo = _left(run, waiting + theirs)
         while todo:
             waiting = [shard for shard in todo if not maker.settled(shard)]
             if waiting == todo:
                 time.sleep(LOOK_AGAIN)
             todo = waiting
-    # Another rank may have made meanwhile what failed here.
-    set_aside({shard: why for shard, why in maker.aside.items() if not run.store.holds(shard)}, run.path)
+    while (failed := _left(run, list(maker.aside))) and theirs and _at_work(run):
+        time.sleep(LOOK_AGAIN)  # others may make what failed here, and an error of one ends them all
+    set_aside({shard: maker.aside[shard] for shard in failed}, run.path)
+
+
+def _at_work(run: RunDir) -> bool:
+    """Whether a worker has a shard in hand, or is about to."""
+    heard = (each for each in words(run) if not each.gone)
+    return any(each.word.shard is not None or each.word.loading or each.silence < SILENT for each in heard)
 
 
 def _left(run: RunDir, shards: Sequence[int]) -> list[int]:
@@ -119,8 +129,9 @@ def _left(run: RunDir, shards: Sequence[int]) -> list[int]:
 class _Maker:
     """Makes what is left to make, and counts what failed."""
 
-    def __init__(self, run: RunDir, worker: Any, log: Callable[[str], None]) -> None:
-        self.run, self.worker, self.log, self.others = run, worker, log, _Others(run)
+    def __init__(self, run: RunDir, worker: Any, number: int) -> None:
+        self.run, self.worker, self.others = run, worker, _Others(run)
+        self.log = run.logs / f"worker-{number:03d}.log"
         self.failures, self.aside = Counter[int](), dict[int, str]()
         self._in_a_row, self._made = 0, False
 
@@ -133,7 +144,7 @@ class _Maker:
         if self.run.store.holds(shard):
             return True
         try:
-            make_logged(self.worker, shard, self.others.pace(), self.log)
+            make_logged(self.worker, shard, self.others.pace(), lambda text: write_log(text, self.log))
         except BoomgenError:
             raise
         except Exception as err:
@@ -145,6 +156,7 @@ class _Maker:
     def _count(self, shard: int, err: Exception) -> None:
         """A device that failed may fail for ever in this process; an image that is not there says nothing of others."""
         what = gist(err)
+        tqdm.write(printable(f"shard {shard}: {what}"), file=sys.stderr)
         self.failures[shard] += 1
         if self.failures[shard] >= ATTEMPTS:
             self.aside[shard] = what
@@ -153,13 +165,6 @@ class _Maker:
             raise BoomgenError(
                 f"{ATTEMPTS} shards in a row failed, the last with {what}; see boomgen logs {self.run.path}"
             )
-
-
-@contextlib.contextmanager
-def _log(run: RunDir, name: int) -> Iterator[Callable[[str], None]]:
-    run.logs.mkdir(exist_ok=True)
-    with (run.logs / f"worker-{name:03d}.log").open("a", encoding="utf-8") as file:
-        yield lambda text: write_log(text, file)
 
 
 class _Others:
