@@ -169,7 +169,9 @@ def build(model: type[T], values: dict[str, Any]) -> T:
             raise UsageError(f"{name} is missing; say which one to use, as {name} NAME") from err
         if first["type"] == "extra_forbidden":
             raise UsageError(f"unknown option {name}; see boomgen --help") from err
-        raise UsageError(f"{name} {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}") from err
+        ours = first["type"] == "value_error"
+        why = str(first["ctx"]["error"]) if ours else first["msg"][0].lower() + first["msg"][1:]
+        raise UsageError(f"{name} {first['input']!r}: {why}") from err
 
 
 def split_options(values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

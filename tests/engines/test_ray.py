@@ -101,9 +101,9 @@ def test_wrong_use(complaint: Complaint, plan_tiny: PlanTiny, tmp_path: Path, mo
     (run / "logs").mkdir()
     (run / "logs" / "ray.out").touch()
     said = complaint("resume", run, "--ray-address", "auto")
-    assert said == "--ray-address 'auto': value error, is for Ray alone; add --engine ray"
+    assert said == "--ray-address 'auto': is for Ray alone; add --engine ray"
     said = complaint("resume", run, "--engine", "ray", "--ray-address", "ray://head:10001")
-    assert said == "--ray-address 'ray://head:10001': value error, expected auto or host:port"
+    assert said == "--ray-address 'ray://head:10001': expected auto or host:port"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"

@@ -143,7 +143,7 @@ def test_what_sbatch_would_refuse_is_refused(
     plan_tiny: PlanTiny, complaint: Complaint, tmp_path: Path, option: str, value: str, why: str
 ) -> None:
     run = plan_tiny(tmp_path / "run")
-    assert complaint("slurm", run.path, f"--{option}", value) == f"--{option} {value!r}: value error, {why}"
+    assert complaint("slurm", run.path, f"--{option}", value) == f"--{option} {value!r}: {why}"
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -166,7 +166,7 @@ def test_the_command_line_makes_and_remakes_them(model: Path, tmp_path: Path) ->
         (
             "table",
             "--prompt a{word}",
-            "--prompt 'a{word}': value error, {word} stands for nothing; expected {class} or {caption}",
+            "--prompt 'a{word}': {word} stands for nothing; expected {class} or {caption}",
         ),
         (
             "table",

@@ -75,7 +75,7 @@ def test_a_folder_is_described(name: str, folder: Path) -> None:
         (
             "ddpm",
             "--sampler pndm",
-            "--sampler 'pndm': value error, PNDM assumes that it begins at the first level; begun at t_boom, its state "
+            "--sampler 'pndm': PNDM assumes that it begins at the first level; begun at t_boom, its state "
             "lags a step behind; use ancestral or dpm++",
         ),
         (

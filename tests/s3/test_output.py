@@ -337,7 +337,7 @@ def test_another_run_s_place_is_refused(s3: S3, plan_away: PlanAway, complaint: 
     )
     line[line.index("--out") + 1] = tmp_path / "disk"
     said = complaint(*line, "--private-dir", tmp_path / "other")
-    assert said.endswith("value error, is for an --out that is a URL; another --out is private itself")
+    assert said.endswith(": is for an --out that is a URL; another --out is private itself")
 
 
 def test_a_place_that_takes_nothing_is_known_before_the_data_set_is_read(
