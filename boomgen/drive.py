@@ -54,8 +54,8 @@ def resume(run: RunDir, launch: Launch) -> None:
     if rank and rank.rank > 0:
         work(run, launch)
         return
-    if run.store.closed() and not run.missing():
-        return
+    if not run.plan.store and run.store.closed() and not run.missing():
+        return  # in an object store, the shards' own copies may still have to go
     with _signals(), only_driver(run):
         try:
             if missing := run.missing():

@@ -9,7 +9,7 @@ stays in the run folder, which all workers see. An object is whole or not there 
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -154,7 +154,7 @@ class Bucket:
 
     def whole(self) -> set[int]:
         with self._reached():
-            return _numbers(name.split("/")[-2] for name in self._find() if name.endswith(f"/{DONE}"))
+            return _numbers(name.split("/")[-2] for name in self._find("shards") if name.endswith(f"/{DONE}"))
 
     def holds(self, number: int) -> bool:
         with self._reached():
@@ -224,22 +224,29 @@ class Bucket:
             return exists(self.dataset / CARD)
 
     def close(self, tars: Mapping[int, str], texts: Mapping[str, bytes]) -> None:
-        """Tars are copied within the store. The card comes last, since it says that all is there; then a shard's own
-        copy goes."""
-        try:
-            if not self.closed():
-                self._place(tars, texts)
-        except BoomgenError:  # another finalise may have been first, and have removed what was to be copied
-            if not self.closed():
-                raise
+        """Tars are copied within the store, also into a data set that is closed: one may have been made again. The card
+        comes last, since it says that all is there; then the shards' own copies go."""
         with self._reached(), ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(self._remove, [name for name in self._find() if name.endswith(".tar")]))
+            found = {name for name in self._find("shards") if name.endswith(".tar")}
+            there = set(self._find("dataset"))  # after that: another finalise copies first, and then removes
+            list(pool.map(lambda number: self._move(number, self.dataset / tars[number], found, there), tars))
+            if not exists(self.dataset / CARD):
+                for name in sorted(texts, key=CARD.__eq__):
+                    self._put(self.dataset / name, texts[name])
+            list(pool.map(self._remove, found))
 
-    def _place(self, tars: Mapping[int, str], texts: Mapping[str, bytes]) -> None:
-        with self._reached(), ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(lambda number: self._copy(self._tar(number), self.dataset / tars[number]), tars))
-            for name in sorted(texts, key=CARD.__eq__):
-                self._put(self.dataset / name, texts[name])
+    def _move(self, number: int, target: UPath, found: Container[str], there: Container[str]) -> None:
+        """Copy a shard's tar to its place in the data set, unless it is there alone."""
+        own = self._tar(number)
+        try:
+            if own.path in found:
+                self._copy(own, target)
+            elif target.path not in there:
+                raise FileNotFoundError
+        except FileNotFoundError as err:
+            if not exists(target):  # if it does, another finalise was first
+                again = f"remove {self.where(number)}, then: boomgen resume {self.run}"
+                raise BoomgenError(f"{own} is gone; {again}") from err
 
     def claim(self, plan_sha256: str) -> None:
         """Take this place for a plan.
@@ -302,10 +309,10 @@ class Bucket:
         with suppress(FileNotFoundError):
             insist(lambda: self._fs.rm_file(name), name)
 
-    def _find(self) -> list[str]:
-        """All that lies in the shards' folders."""
+    def _find(self, part: str) -> list[str]:
+        """All that lies below a folder of the run."""
         self._fs.invalidate_cache()
-        return insist(lambda: list(self._fs.find((self.url / "shards").path)), self.url)
+        return insist(lambda: list(self._fs.find((self.url / part).path)), self.url)
 
     @contextmanager
     def _reached(self) -> Iterator[None]:

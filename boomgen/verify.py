@@ -12,25 +12,30 @@ from pathlib import Path
 from boomgen import manifest
 from boomgen.errors import BoomgenError
 from boomgen.finalise import dataset_files, dataset_names, manifest_links
-from boomgen.places import Place, exists, names, opened, walk
+from boomgen.places import Place, exists, forget, names, opened, walk
 from boomgen.run import RunDir
 from boomgen.shard import DONE, PART, TAR, sha256_file, unseal
+from boomgen.store import CARD
 
 
 def verify(run: RunDir) -> Iterator[str]:
     """One line per fault; none for a sound run. Reads everything, imports no torch."""
+    forget()
     try:
         yield from _inputs(run)
-    except BoomgenError as err:  # the plan, without which nothing can be checked
+        texts = _texts(run) if run.store.closed() else None
+    except BoomgenError as err:  # without the plan, or the names of what was placed, nothing can be checked
         yield str(err)
         return
     for number in range(run.plan.shards):
         yield from _shard(run, number)
     if run.manifest.exists() or run.store.closed():
         with contextlib.suppress(BoomgenError):  # of a damaged done record, named above
-            yield from _folder(run.manifest, manifest_links(run), {})
-    if run.store.closed():
-        yield from _dataset(run)
+            yield from _folder(run.manifest, manifest_links(run), {}, _anew(run.manifest))
+    if texts is not None:
+        with contextlib.suppress(BoomgenError):
+            tars = {name: run.store.tar(number) for number, name in dataset_names(dataset_files(run)).items()}
+            yield from _folder(run.dataset, tars, texts, _anew(run.dataset))
 
 
 def _inputs(run: RunDir) -> Iterator[str]:
@@ -102,27 +107,29 @@ def _samples(path: Place) -> dict[str, dict[str, bytes]]:
     return samples
 
 
-def _dataset(run: RunDir) -> Iterator[str]:
+def _texts(run: RunDir) -> dict[str, str]:
+    """The hashes of what `finalise` wrote into the data set."""
     try:
-        texts = unseal(run.closing.read_bytes())["texts"]
+        return dict(unseal(run.closing.read_bytes())["texts"])
     except (OSError, ValueError) as err:
-        yield f"{run.closing} is damaged ({err}); remove {run.dataset} and finalise again"
-        return
-    with contextlib.suppress(BoomgenError):  # a damaged done record was named above
-        tars = {name: run.store.tar(number) for number, name in dataset_names(dataset_files(run)).items()}
-        yield from _folder(run.dataset, tars, texts)
+        raise BoomgenError(f"{run.closing} is damaged ({err}); {_anew(run.dataset)}") from err
 
 
-def _folder(folder: Place, links: Mapping[str, Place], texts: dict[str, str]) -> Iterator[str]:
+def _anew(folder: Place) -> str:
+    """How to have a folder placed again. In an object store the data set holds the only tars: there, its card goes."""
+    return f"remove {folder if isinstance(folder, Path) else folder / CARD} and finalise again"
+
+
+def _folder(folder: Place, links: Mapping[str, Place], texts: dict[str, str], again: str) -> Iterator[str]:
     """What finalise placed is what the shards hold, and there is nothing else."""
     for name, origin in links.items():
         path = folder / name
-        if not exists(path) or not exists(origin) or not _same(path, origin):
-            yield f"{path} is not that of its shard; remove {folder} and finalise again"
+        if path != origin and not (exists(path) and exists(origin) and _same(path, origin)):
+            yield f"{path} is not that of its shard; {again}"
     for name, known in texts.items():
         path = folder / name
         if not exists(path) or sha256_file(path) != known:
-            yield f"{path} is not what was written; remove {folder} and finalise again"
+            yield f"{path} is not what was written; {again}"
     ours = {folder / name for name in links.keys() | texts.keys()}
     for path in (path for path in walk(folder) if path not in ours):
         yield f"{path} was not put there by boomgen; remove it"
@@ -130,7 +137,7 @@ def _folder(folder: Place, links: Mapping[str, Place], texts: dict[str, str]) ->
 
 def _same(one: Place, other: Place) -> bool:
     linked = isinstance(one, Path) and isinstance(other, Path) and one.samefile(other)
-    return linked or one == other or sha256_file(one) == sha256_file(other)
+    return linked or sha256_file(one) == sha256_file(other)
 
 
 def remake(run: RunDir, count: int) -> Iterator[str]:

@@ -16,7 +16,8 @@ from boomgen import manifest, places, store
 from boomgen.cli import main
 from boomgen.engines import ranks
 from boomgen.engines.ranks import Rank
-from boomgen.errors import BoomgenError, UsageError
+from boomgen.errors import BoomgenError, Stopped, UsageError
+from boomgen.finalise import dataset_files, dataset_names, finalise
 from boomgen.job import Launch
 from boomgen.prepare import prepare
 from boomgen.run import RunDir
@@ -26,7 +27,7 @@ from boomgen.verify import remake, verify
 from boomgen.worker import Worker
 
 from ..conftest import Complaint, PlanTiny
-from ..finished import command_line, finish, grey, pixel_hash, write_portraits
+from ..finished import command_line, finish, grey, make_shards, pixel_hash, write_portraits
 from ..scanner import leaks
 from ..test_bytes import AUGMENT, LONG
 from ..test_privacy import needles
@@ -199,12 +200,36 @@ def test_a_shard_that_is_whole_is_not_put_again(s3: S3, plan_away: PlanAway, tmp
 def test_of_two_that_close_a_run_one_is_late(
     s3: S3, plan_away: PlanAway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It looked before the other had put the card, and finds nothing to copy."""
-    run, early = finish(plan_away(f"{s3.url}/run")), [False]
-    late, closed = RunDir(run.path), Bucket.closed
-    monkeypatch.setattr(Bucket, "closed", lambda self: early.pop() if early else closed(self))
-    late.store.close({0: "data/train-00000-of-00007.tar"}, {})
-    assert not early
+    """It looked before the other had begun, and finds nothing to copy."""
+    run = make_shards(plan_away(f"{s3.url}/run"))
+    late, find = RunDir(run.path).store, Bucket._find
+    before = {part: find(late, part) for part in ("shards", "dataset")}  # type: ignore[arg-type]
+    finalise(run)
+    with monkeypatch.context() as patched:
+        patched.setattr(Bucket, "_find", lambda self, part: before[part])
+        late.close(dataset_names(dataset_files(run)), {})
+    same(run, finish(RunDir(tmp_path / "here")))
+
+
+def test_resume_ends_a_finalise_that_was_stopped(
+    s3: S3, plan_away: PlanAway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set is there; of the shards' own copies all but one still lie beside it."""
+    run, removed = make_shards(plan_away(f"{s3.url}/run")), list[str]()
+    remove = Bucket._remove
+
+    def stop(store: Bucket, name: str) -> None:
+        if removed:
+            raise Stopped("SIGTERM")
+        removed.append(name)
+        remove(store, name)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Bucket, "_remove", stop)
+        with pytest.raises(Stopped):
+            finalise(run)
+    assert run.store.closed()
+    assert main(["resume", str(run.path)]) == 0
     same(run, finish(RunDir(tmp_path / "here")))
 
 
@@ -290,6 +315,32 @@ def test_damage_in_the_store_is_named(s3: S3, plan_away: PlanAway) -> None:
         f"{away}/dataset/odd was not put there by boomgen; remove it",
     ]
     assert s3.met == {"cut": 1}
+
+
+def test_following_the_words_heals(s3: S3, plan_away: PlanAway, tmp_path: Path) -> None:
+    """A damaged or lost tar, text, card and note of a closed run: what `verify` says to do, until it says nothing."""
+    run = finish(plan_away(f"{s3.url}/run", limit=32))
+    here = finish(RunDir(tmp_path / "here"))
+    away, there = f"{s3.url}/run", f"{s3.bucket}/run/dataset"
+    shard, card = f"remove {away}/shards/00001 and go on with: boomgen resume {run.path}", f"{away}/dataset/README.md"
+    again = f"remove {card} and finalise again"
+
+    def damage(name: str) -> None:
+        s3.behind.pipe_file(f"{there}/{name}", b"damaged")
+
+    for harm, advice in (
+        (lambda: damage("data/train-00001-of-00002.tar"), shard),
+        (lambda: s3.behind.rm_file(f"{there}/data/train-00001-of-00002.tar"), shard),
+        (lambda: damage("_info.json"), again),
+        (lambda: s3.behind.rm_file(f"{there}/_info.json"), again),
+        (lambda: damage("README.md"), again),
+        (lambda: run.closing.write_bytes(b"damaged"), again),
+    ):
+        harm()
+        (line,) = verify(RunDir(run.path))
+        assert line.endswith(f"; {advice}")
+        s3.behind.rm(f"{s3.bucket}/run/shards/00001" if advice == shard else f"{there}/README.md", recursive=True)
+        same(finish(RunDir(run.path)), here)
 
 
 def test_a_large_file_goes_up_in_parts_of_which_each_is_sent_again(s3: S3, tmp_path: Path) -> None:
