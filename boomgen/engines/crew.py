@@ -70,12 +70,17 @@ class Crew(ABC, Generic[H]):
         Raises:
             BoomgenError: nobody else is known to do better.
         """
-        if not hand.started and len(self.hands) > 1:
-            self.leave(hand)
-            return [Event("gone", -1, f"worker {hand.number} ({hand.device}): {text}")]
         if hand.started and not self.handout.alone(hand.number):
             return self.lost(hand, f"gave up: {text}")
-        raise BoomgenError(text)
+        if not hand.started:
+            self.refuse(hand)
+        if hand.started or not self.hands:
+            raise BoomgenError(text)
+        return [Event("gone", -1, f"worker {hand.number} ({hand.device}): {text}")]
+
+    def refuse(self, hand: H) -> None:
+        """A worker cannot work where it is. Another may begin elsewhere."""
+        self.leave(hand)
 
     def lost(self, hand: H, what: str) -> list[Event]:
         """A worker has gone, or has to: its shard is for somebody else to try, and another worker takes its place.

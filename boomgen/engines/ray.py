@@ -45,7 +45,9 @@ class Actor:
 
     def start(self, environ: dict[str, str]) -> Iterator[Event]:
         """Load the model: says on which machine it has a place, then ready or fatal."""
-        yield Event("placed", -1, socket.gethostname())
+        import ray
+
+        yield Event("placed", -1, f"{socket.gethostname()} {ray.get_runtime_context().get_node_id()}")
         os.environ |= environ
         yield from self._told(self._load)
 
@@ -95,7 +97,7 @@ class _Hand:
 
     def __init__(self, number: int, device: str, actor: Any, environ: dict[str, str]) -> None:
         self.number, self.device, self.actor = number, device, actor
-        self.placed, self.since = False, time.monotonic()
+        self.node, self.since = "", time.monotonic()  # node: Ray's name of it, once there is a place
         self.started = self.ready = False  # started: had a shard, which counts its deaths
         self.told: Any = actor.start.remote(environ)
 
@@ -125,6 +127,7 @@ class RayEngine(Crew[_Hand]):
         super().__init__(run, patience)
         self.kind, self.workers, self.address = kind, workers, address
         self.allow_mixed, self.waiting = allow_mixed, 0
+        self.foreign = set[str]()  # nodes that are of no use
         told = {name: value for name, value in os.environ.items() if name.startswith(CLIENTS)}
         self.environ = told | OFFLINE
 
@@ -179,8 +182,19 @@ class RayEngine(Crew[_Hand]):
                 self.dismiss(hand)
 
     def start(self, number: int) -> _Hand:
-        actor = self.actors.remote(str(self.run_dir.path.resolve()), number, self.kind, self.allow_mixed)
+        avoid = {"label_selector": {"ray.io/node-id": f"!in({','.join(self.foreign)})"}} if self.foreign else {}
+        actor = self.actors.options(**avoid).remote(
+            str(self.run_dir.path.resolve()), number, self.kind, self.allow_mixed
+        )
         return _Hand(number, self.kind, actor, self.environ)
+
+    def refuse(self, hand: _Hand) -> None:
+        """Its node is given no worker any more; the other nodes are, as many as they have devices for."""
+        self.leave(hand)
+        self.foreign.add(hand.node)
+        nodes = [node for node in self.ray.nodes() if node["Alive"] and node["NodeID"] not in self.foreign]
+        if sum(node["Resources"].get(RESOURCES[self.kind][0], 0) for node in nodes) > len(self.hands):
+            self.hire(hand.number)
 
     def dismiss(self, hand: _Hand) -> None:
         self.ray.kill(hand.actor)
@@ -202,7 +216,8 @@ class RayEngine(Crew[_Hand]):
         except self.ray.exceptions.RayError as err:
             return self.lost(hand, _cause(err))
         if event.kind == "placed":
-            hand.device, hand.placed = f"{self.kind} of {event.text}", True
+            host, _, hand.node = event.text.rpartition(" ")
+            hand.device = f"{self.kind} of {host}"
             self.handout.began(hand.number, time.monotonic())
             return []
         self.handout.hear(hand.number, event, time.monotonic())
@@ -215,7 +230,7 @@ class RayEngine(Crew[_Hand]):
     def _waiting(self, resource: str) -> list[Event]:
         """Told whenever more workers wait than before, since nodes also go. A cluster of our own has room for all."""
         now, before = time.monotonic(), self.waiting
-        self.waiting = sum(not hand.placed and now - hand.since > WAIT for hand in self.hands.values())
+        self.waiting = sum(not hand.node and now - hand.since > WAIT for hand in self.hands.values())
         text = f"{self.waiting} of {len(self.hands)} workers wait until Ray has a free {resource} for them"
         return [Event("waiting", -1, text)] if self.address and self.waiting > before else []
 

@@ -169,13 +169,18 @@ def test_workers_that_die_while_starting(plan_tiny: PlanTiny, tmp_path: Path, bo
 def test_a_node_of_another_class_leaves_the_work_to_the_others(
     plan_tiny: PlanTiny, undisturbed: Any, tmp_path: Path, boomgen: Any
 ) -> None:
-    """It is named once. Where all are, the run ends: the suite's foreign environment."""
+    """Ray packs all workers onto it; each is named once, and others begin elsewhere, so that there are as many. Where
+    all nodes are, the run ends: the suite's foreign environment."""
     run, foreign = plan_tiny(tmp_path / "run", **JOB), {"ATEN_CPU_CAPABILITY": "default"}
-    with engines.ray_cluster(engines.NODE) as cluster:
-        cluster.add_node(**engines.NODE, node_ip_address="127.0.0.3", env_vars=foreign)
+    right, wrong = engines.NODE | {"num_cpus": 2}, engines.NODE | {"num_cpus": 4, "env_vars": foreign}
+    with engines.ray_cluster(wrong) as cluster:
+        cluster.add_node(**right, node_ip_address="127.0.0.3")
         there = os.environ | {"RAY_ADDRESS": cluster.address}
         done = boomgen("resume", run.path, *RAY, 2, "--ray-address", "auto", env=there)
-        (told,) = [line for line in done.stderr.splitlines() if "not of the planned class" in line]
-        assert re.fullmatch(rf"worker [01] \(cpu of {socket.gethostname()}\): this device .*; the others go on", told)
-        assert "(here DEFAULT)" in told
+        told = [line for line in done.stderr.splitlines() if "not of the planned class" in line]
+        names = [rf"worker {number} \(cpu of {socket.gethostname()}\)" for number in (0, 1)]
+        for name, line in zip(names, sorted(told), strict=True):
+            assert re.fullmatch(rf"{name}: this device .*\(here DEFAULT\).*; the others go on", line)
+        for number in (0, 1):
+            assert " done: " in (run.logs / f"worker-{number:03d}.log").read_text()
         assert made(run) == undisturbed(**JOB)
