@@ -40,12 +40,18 @@ _FORMS = {
     "account": (_NAMES, "an account's name"),
     "gres": (r"[\w.:=+/-]+(,[\w.:=+/-]+)*", "devices such as gpu:1 or gpu:a100:1, or none"),
     "mem": (r"\d+[KMGT]?", "a number and K, M, G or T, such as 16G"),
+    "sbatch": (r"--[a-z][a-z-]*(=[!-~]+)?( --[a-z][a-z-]*(=[!-~]+)?)*", "--NAME=VALUE, with a space before the next"),
 }
 """What an option looks like, so that it is refused here and not by a job that was waited for."""
 
 
+_VARIABLES = {"time": "TIMELIMIT", "mem": "MEM_PER_NODE"}
+_AGAINST = {f"SBATCH_{name}" for name in ("ARRAY_INX", "ERROR", "MEM_PER_CPU", "MEM_PER_GPU", "NO_REQUEUE", "WAIT")}
+"""sbatch heeds its variables more than a script: those not called like their option, and those that undo others."""
+
+
 class SlurmOptions(BaseModel):
-    """What is asked of SLURM. All else that sbatch knows is given by its own variables, such as SBATCH_CONSTRAINT."""
+    """What is asked of SLURM. What no option says may be said by sbatch's own variables, such as SBATCH_CONSTRAINT."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -56,6 +62,7 @@ class SlurmOptions(BaseModel):
     gres: str | None = Field(None, description="devices of each element (default: gpu:1 where the plan is for GPUs)")
     cpus_per_task: int = Field(4, description="cores of each element; a GPU's worker reads and encodes on 3", ge=1)
     mem: str = Field("16G", description="memory of each element")
+    sbatch: str | None = Field(None, description="more of sbatch's own, as --sbatch='--exclude=n17 --nice=100'")
     container: str | None = Field(
         None, description="Apptainer image with boomgen in it; APPTAINER_BIND says what it sees"
     )
@@ -156,7 +163,8 @@ def _directives(run: Path, log: str, options: SlurmOptions, **more: str | None) 
         "partition": options.partition,
         "account": options.account,
     }
-    return "\n".join(f"#SBATCH --{name}={value}" for name, value in asked.items() if value is not None)
+    lines = [f"--{name}={value}" for name, value in asked.items() if value is not None]
+    return "\n".join(f"#SBATCH {line}" for line in lines + (options.sbatch or "").split())
 
 
 def _quoted(value: Path | str) -> str:
@@ -214,8 +222,11 @@ def _submit_after(jobs: Sequence[str], closing: str, run: Path) -> str:
 
 
 def _sbatch(text: str, *options: str, hint: str = AGAIN) -> str:
-    """The number of the job that a script became."""
-    return _ask("sbatch", "--parsable", *options, text=text, hint=hint).partition(";")[0]
+    """The number of the job that a script became. What it says is what is asked, whatever variables say."""
+    names = re.findall(r"^#SBATCH --([a-z-]+)", text, re.MULTILINE)
+    said = {f"SBATCH_{_VARIABLES.get(name, name.upper().replace('-', '_'))}" for name in names}
+    environ = {name: value for name, value in os.environ.items() if name not in said | _AGAINST}
+    return _ask("sbatch", "--parsable", *options, text=text, hint=hint, environ=environ).partition(";")[0]
 
 
 def max_array_size() -> int:
@@ -230,9 +241,9 @@ def max_array_size() -> int:
     return int(found[1]) if found else MAX_ARRAY_SIZE
 
 
-def _ask(*command: str, text: str = "", hint: str = AGAIN) -> str:
+def _ask(*command: str, text: str = "", hint: str = AGAIN, environ: dict[str, str] | None = None) -> str:
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, input=text, env=environ, capture_output=True, text=True, check=False)
     except OSError as err:
         raise BoomgenError(f"{command[0]}: {err.strerror}; expected a machine where SLURM's commands are") from err
     if done.returncode:

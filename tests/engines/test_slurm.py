@@ -43,16 +43,21 @@ def texts(run: Path | str = "/run", shards: int = 7, missing: Any = None, device
 
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
-    """Runs a script by bash, with a Python (and an apptainer) that only tells how it was called."""
+    """Runs a script by bash, with a Python (and an apptainer) that only tells how it was called. One of four
+    tasks submitted it; no worker may take itself for one of these."""
     (tmp_path / "bin").mkdir()
     teller = tmp_path / "bin" / "apptainer"
-    teller.write_text(f"#!{sys.executable}\nimport json, sys; print(json.dumps(sys.argv[1:]))\n")
+    teller.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps(sys.argv[1:]))\n"
+        "assert 'work' not in sys.argv or 'SLURM_STEP_NUM_TASKS' not in os.environ\n"
+    )
     teller.chmod(0o755)
     shutil.copy(teller, tmp_path / "bin" / "a $(touch x) python")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "bin" / "a $(touch x) python"))
 
     def run(script: str, element: int = 0) -> list[str]:
         env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_ARRAY_TASK_ID": str(element)}
+        env["SLURM_STEP_NUM_TASKS"] = "4"
         done = subprocess.run(
             ["bash"], input=script, env=env, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60
         )
@@ -98,6 +103,7 @@ def test_what_an_array_asks_for() -> None:
         ({"device": "cuda"}, {"gres": "gpu:1"}),
         ({"device": "cuda", "gres": "gpu:a100:1"}, {"gres": "gpu:a100:1"}),
         ({"device": "cuda", "gres": "none"}, {"gres": "none"}),
+        ({"sbatch": "--exclude=n17,n23 --nice"}, {"exclude": "n17,n23", "nice": ""}),
         ({"array_size": 3}, {"array": "0-2"}),
         ({"array_size": 1}, {"array": "0"}),
         ({"missing": [1, 5, 6]}, {"array": "1,5-6"}),
@@ -108,7 +114,7 @@ def test_what_is_asked_is_written(asked: dict[str, Any], written: dict[str, str]
     (array,), closing = texts(**asked)
     assert written.items() <= directives(array).items()
     assert "gres" not in directives(closing)
-    shared = {name: value for name, value in written.items() if name in ("time", "partition", "account", "mem")}
+    shared = {name: value for name, value in written.items() if name not in ("array", "gres")}
     assert shared.items() <= directives(closing).items()
 
 
@@ -136,6 +142,8 @@ def test_longer_limits_and_none_are_taken(limit: str) -> None:
         ("account", "a\n#SBATCH --wrap=x", "expected an account's name"),
         ("gres", "gpu one", "expected devices such as gpu:1 or gpu:a100:1, or none"),
         ("mem", "lots", "expected a number and K, M, G or T, such as 16G"),
+        ("sbatch", "exclude=n1", "expected --NAME=VALUE, with a space before the next"),
+        ("sbatch", "--nice\necho", "expected --NAME=VALUE, with a space before the next"),
         ("container", "no.sif", "no such image; expected a file, or an address such as docker://owner/name"),
     ],
 )
@@ -143,7 +151,7 @@ def test_what_sbatch_would_refuse_is_refused(
     plan_tiny: PlanTiny, complaint: Complaint, tmp_path: Path, option: str, value: str, why: str
 ) -> None:
     run = plan_tiny(tmp_path / "run")
-    assert complaint("slurm", run.path, f"--{option}", value) == f"--{option} {value!r}: {why}"
+    assert complaint("slurm", run.path, f"--{option}={value}") == f"--{option} {value!r}: {why}"
 
 
 @pytest.mark.parametrize("name", HOSTILE)

@@ -251,7 +251,6 @@ def test_an_array_stays_where_only_the_closing_job_is_refused(
     run.logs.mkdir()
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
     monkeypatch.setattr(sys, "executable", "/bin/true")
-    monkeypatch.setenv("SBATCH_OUTPUT", "/dev/null")
     asked = ("--partition", "gpus", "--gres", "gpu:1", "--array-size", 1, "--cpus-per-task", 1, "--mem", "1G")
     said = complaint("slurm", run.path, "--submit", *asked, code=1)
     array = said.split()[1]
@@ -281,3 +280,27 @@ def test_the_closing_job_waits_for_all_arrays_and_of_several_all_or_none_are_sub
         submit_scripts(Scripts([later[0], refused], closing), tmp_path)
     (job,) = set(cluster.run("squeue", "-hrtall", "-o%i").split()) - before
     assert cluster.wait_ended(job) == {job: "CANCELLED"}
+
+
+def test_what_a_script_says_counts_more_than_sbatch_s_variables(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many sites a profile sets some; sbatch itself heeds them first. Those that no option says are heeded."""
+    monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
+    undone = {"TIMELIMIT": "5", "PARTITION": "gpus", "NO_REQUEUE": "1", "OUTPUT": "/dev/null", "SIGNAL": "INT@1"}
+    for name, value in (undone | {"ARRAY_INX": "0-999", "JOB_NAME": "x", "ACCOUNT": "heeded"}).items():
+        monkeypatch.setenv(f"SBATCH_{name}", value)
+    asked = texts(tmp_path, time="1:00:00", partition="main", mem="1G", array_size=2, sbatch="--hold --exclude=n2")
+    job, closing = (line.split()[1] for line in submit_scripts(asked, tmp_path).splitlines()[:2])
+    found = cluster.run("scontrol", "show", "job", job)
+    cluster.run("scancel", job, closing)
+    for said in (
+        "TimeLimit=01:00:00",
+        "Partition=main",
+        "Requeue=1",
+        "ExcNodeList=n2",
+        "ArrayTaskId=0-1",
+        "Account=heeded",
+    ):
+        assert said in found
+    assert f"StdOut={tmp_path}/logs/slurm-" in found
