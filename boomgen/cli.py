@@ -101,13 +101,11 @@ def status(args: argparse.Namespace) -> int:
 
 
 def finalise(args: argparse.Namespace) -> int:
-    from boomgen.drive import only_driver
-    from boomgen.finalise import finalise as close
+    from boomgen.drive import close
     from boomgen.run import RunDir
 
     run = RunDir(args.run)
-    with only_driver(run):
-        close(run)
+    close(run)
     return _summary(run)
 
 
@@ -216,8 +214,11 @@ def doctor(args: argparse.Namespace) -> int:
 
 
 def _summary(run: "RunDir") -> int:
+    """Tell of a closed run. Of ranks, none may fail for a row's sake: its launcher would end or restart the others."""
+    from boomgen.drive import is_alone
+
     _say(status_text(run))
-    return INCOMPLETE_ROWS if run.status().failed else DONE
+    return INCOMPLETE_ROWS if run.status().failed and is_alone() else DONE
 
 
 def _say(text: str) -> None:
@@ -285,13 +286,13 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     making = command("enhance", anonymize, "make better versions of low-resolution images, links public", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
     again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
-    add_flags(again, Launch, leave_out=frozenset({"out", "secret_file", "allow_pickle"}))
+    add_flags(again, Launch, leave_out=frozenset({"out", "private_dir", "secret_file", "allow_pickle"}))
     text = "one worker, of a cluster's job: makes shards, closes nothing"
     working = on_run("work", work, text, "--part 0/4", "--shards 0 --device cpu")
     working.add_argument("--part", metavar="I/N", help="only every Nth shard, from the Ith (counted from 0)")
     working.add_argument("--shards", metavar="LIST", help="only these, as 0-3,7")
-    launched = frozenset({"out", "gpus", "workers", "engine", "ray_address", "patience", "secret_file", "allow_pickle"})
-    add_flags(working, Launch, leave_out=launched)
+    engine = {"gpus", "workers", "engine", "ray_address", "patience"}
+    add_flags(working, Launch, leave_out=frozenset({"out", "private_dir", "secret_file", "allow_pickle"} | engine))
     logs_of = on_run("logs", logs, "what the workers said", "", "--failed")
     logs_of.add_argument(
         "--failed", action="store_true", help="only what failed: each row, and each attempt at a shard"

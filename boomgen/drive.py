@@ -32,7 +32,7 @@ def run(job: Job, launch: Launch | None = None) -> RunDir:
     """
     launch = launch or Launch()
     with _signals():
-        rank = rank_of(os.environ)
+        rank = _rank(launch)
         if rank and rank.rank > 0:
             run_dir = await_plan(job, launch)
         else:
@@ -48,26 +48,48 @@ def resume(run: RunDir, launch: Launch) -> None:
 
     As one of several ranks, make a share of them; rank 0 closes the run.
     """
-    rank = rank_of(os.environ)
-    if rank and launch.engine == "ray":
-        raise UsageError(f"--engine ray beside {rank.world_size} processes of a launcher; start boomgen by one of both")
+    rank = _rank(launch)
     if rank and rank.rank > 0:
         work(run, launch)
         return
     if not run.plan.store and run.store.closed() and not run.missing():
         return  # in an object store, the shards' own copies may still have to go
+    with _driving(run):
+        if missing := run.missing():
+            if rank:
+                with bar(run):
+                    _work(run, launch, missing, rank)
+            else:
+                _make(run, launch, missing)
+        finalise(run)
+
+
+def close(run: RunDir) -> None:
+    """Close a run whose shards are all whole."""
+    with _driving(run):
+        finalise(run)
+
+
+@contextmanager
+def _driving(run: RunDir) -> Iterator[None]:
     with _signals(), only_driver(run):
         try:
-            if missing := run.missing():
-                if rank:
-                    with bar(run):
-                        _work(run, launch, missing, rank)
-                else:
-                    _make(run, launch, missing)
-            finalise(run)
+            yield
         except Stopped as err:
             err.run = run.path
             raise
+
+
+def _rank(launch: Launch) -> Rank | None:
+    """This process's place among those of a launcher.
+
+    Raises:
+        UsageError: two engines at once.
+    """
+    rank = rank_of(os.environ)
+    if rank and launch.engine == "ray":
+        raise UsageError(f"--engine ray beside {rank.world_size} processes of a launcher; start boomgen by one of both")
+    return rank
 
 
 def _make(run: RunDir, launch: Launch, missing: list[int]) -> None:
@@ -87,6 +109,11 @@ def _engine(run: RunDir, launch: Launch) -> LocalEngine | RayEngine:
         return RayEngine(run, kind, workers, None, *how)
     devices = [f"cuda:{number}" for number in range(workers)] if kind == "cuda" else ["cpu"] * workers
     return LocalEngine(run, devices, *how)
+
+
+def is_alone() -> bool:
+    """Whether no launcher started this process beside others."""
+    return rank_of(os.environ) is None
 
 
 def is_first() -> bool:

@@ -13,6 +13,7 @@ from boomgen import __version__
 from boomgen.errors import UsageError
 from boomgen.job import Launch
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _DECIDING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "avx512_vnni", "amx_bf16", "asimd", "sve", "bf16")
 
 
@@ -68,8 +69,13 @@ def difference(planned: dict[str, str], here: dict[str, str]) -> str:
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CPU cores that this process may use: a container's share of them may be fewer than it sees."""
+    seen = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_MAX.read_text(encoding="ascii").split()
+        return seen if quota == "max" else max(1, min(seen, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup, or an old one
+        return seen
 
 
 def choose_device(launch: Launch) -> tuple[str, int]:

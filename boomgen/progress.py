@@ -158,6 +158,7 @@ def show(run: RunDir, events: Iterable[Event]) -> None:
                 tqdm.write(printable(f"shard {event.shard}: {event.text}"), file=sys.stderr)
             if event.kind == "gone":
                 tqdm.write(printable(f"{event.text}; the others go on"), file=sys.stderr)
+                note(run, event.text)
             if event.kind == "lost":
                 note(run, f"shard {event.shard} lost: {event.text}")
             if event.kind == "waiting":

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from boomgen import keys, manifest
 from boomgen.errors import BoomgenError, UsageError
 from boomgen.index import Index
-from boomgen.places import Place, exists
+from boomgen.places import Place, exists, is_url
 from boomgen.plan import Plan, read_plan
 from boomgen.shard import DONE, sha256_file, unseal
 from boomgen.store import CARD, CLOSING, Store, open_store
@@ -60,6 +60,10 @@ class RunDir:
     """Paths of a run, and what is on them. Reads only; imports no torch."""
 
     def __init__(self, path: Path | str) -> None:
+        if is_url(str(path)):
+            raise UsageError(
+                f"{path} is where outputs go; give the run folder, which --private-dir named (default: runs/...)"
+            )
         self.path = Path(path)
         if not (self.path / "plan.json").exists():
             raise UsageError(f"{self.path} is no run folder; expected one that boomgen planned, with a plan.json")

@@ -85,3 +85,19 @@ def test_half_precision_only_where_the_hardware_multiplies_it(monkeypatch: pytes
     ):
         monkeypatch.setattr(env, "cpu_flags", lambda flags=flags: flags)
         assert env.default_dtype("cpu") == dtype
+
+
+def test_a_container_s_share_of_the_cores_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A worker for each core of the machine would be too many, where a container may use two of them."""
+    monkeypatch.setattr(env, "CPU_MAX", tmp_path / "cpu.max")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    assert env.cores() == 64
+    for text, cores in (
+        ("max 100000", 64),
+        ("200000 100000", 2),
+        ("150000 100000", 1),
+        ("50000 100000", 1),
+        ("odd", 64),
+    ):
+        (tmp_path / "cpu.max").write_text(text)
+        assert env.cores() == cores

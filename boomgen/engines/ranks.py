@@ -49,11 +49,11 @@ def rank_of(environ: Mapping[str, str]) -> Rank | None:
         values = [environ.get(name) for name in names]
         if values[1] in (None, "1"):
             continue
-        if not all(value and value.isdecimal() for value in values):
+        if not all(value and value.isdecimal() for value in values) or int(str(values[0])) >= int(str(values[1])):
             told = ", ".join(f"{name}={environ[name]}" for name in names if name in environ)
             raise UsageError(
-                f"{told} but not {' and '.join(names)}: every process would take itself for the only one; start "
-                "boomgen by torchrun, accelerate launch or srun, or unset them"
+                f"{told}; expected {', '.join(names)}, the first below the second: without them, every process takes "
+                "itself for the only one; start boomgen by torchrun, accelerate launch or srun, or unset them"
             )
         rank = Rank(*(int(str(value)) for value in values))
         bound = names[0].startswith("SLURM") and "," not in environ.get("CUDA_VISIBLE_DEVICES", ",")

@@ -87,7 +87,7 @@ class SlurmOptions(BaseModel):
     def _there(cls, value: str | None) -> str | None:
         if value is None or "://" in value:
             return value
-        if not Path(value).exists():
+        if not value or not Path(value).exists():
             raise ValueError("no such image; expected a file, or an address such as docker://owner/name")
         return str(Path(value).resolve())
 

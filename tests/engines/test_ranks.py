@@ -59,15 +59,40 @@ def test_a_world_without_a_rank_is_refused(
     """Every process would do all the work, or one would do a part for all of it."""
     run = plan_tiny(tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    said = "WORLD_SIZE=2 but not RANK and WORLD_SIZE and LOCAL_RANK: every process would take itself for the only one; "
+    expected = "; expected RANK, WORLD_SIZE, LOCAL_RANK, the first below the second: without them, every process takes "
     for command in ("work", "resume"):
-        assert complaint(command, run.path).startswith(said)
+        assert complaint(command, run.path).startswith(f"WORLD_SIZE=2{expected}")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
+    for size in ("0", "x"):
+        monkeypatch.setenv("WORLD_SIZE", size)
+        assert complaint("work", run.path).startswith(f"RANK=1, WORLD_SIZE={size}, LOCAL_RANK=1{expected}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     said = "2 processes would all make the same shards; drop --part and --shards"
     assert complaint("work", run.path, "--part", "0/2") == complaint("work", run.path, "--shards", "0") == said
     said = "--engine ray beside 2 processes of a launcher; start boomgen by one of both"
     assert complaint("resume", run.path, "--engine", "ray") == said
+    line = command_line(run.plan.job, tmp_path / "unplanned", "--engine", "ray", verb="anonymize")
+    monkeypatch.setenv("RANK", "0")
+    assert complaint(*line) == said
+    assert not (tmp_path / "unplanned").exists()
+
+
+def test_an_image_that_cannot_be_read_fails_no_launch(
+    plan_tiny: PlanTiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The launcher would end or restart all ranks for it. Who runs alone is told by 3."""
+    folder = tmp_path / "images" / "class"
+    folder.mkdir(parents=True)
+    Image.new("L", (8, 8)).save(folder / "0.png")
+    (folder / "1.png").write_bytes(b"no image")
+    run = plan_tiny(tmp_path / "run", dataset=str(folder.parent))
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    assert main(["resume", str(run.path)]) == 0
+    assert "1 failed (undecodable)" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert main(["resume", str(run.path)]) == 3
 
 
 @pytest.mark.parametrize("seed", range(20))

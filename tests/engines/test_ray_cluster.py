@@ -181,6 +181,7 @@ def test_a_node_of_another_class_leaves_the_work_to_the_others(
         names = [rf"worker {number} \(cpu of {socket.gethostname()}\)" for number in (0, 1)]
         for name, line in zip(names, sorted(told), strict=True):
             assert re.fullmatch(rf"{name}: this device .*\(here DEFAULT\).*; the others go on", line)
+        assert (run.logs / "lost.log").read_text().count("not of the planned class") == 2
         for number in (0, 1):
             assert " done: " in (run.logs / f"worker-{number:03d}.log").read_text()
         assert made(run) == undisturbed(**JOB)

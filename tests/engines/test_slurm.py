@@ -144,6 +144,7 @@ def test_longer_limits_and_none_are_taken(limit: str) -> None:
         ("mem", "lots", "expected a number and K, M, G or T, such as 16G"),
         ("sbatch", "exclude=n1", "expected --NAME=VALUE, with a space before the next"),
         ("sbatch", "--nice\necho", "expected --NAME=VALUE, with a space before the next"),
+        ("container", "", "no such image; expected a file, or an address such as docker://owner/name"),
         ("container", "no.sif", "no such image; expected a file, or an address such as docker://owner/name"),
     ],
 )

@@ -1,11 +1,9 @@
 """Runs whose outputs go to an object store: the bytes of a run on disk, through faults and kills, and loaders."""
 
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,20 @@ from boomgen.engines import ranks
 from boomgen.engines.ranks import Rank
 from boomgen.errors import BoomgenError, Stopped, UsageError
 from boomgen.finalise import dataset_files, dataset_names, finalise
-from boomgen.job import Launch
-from boomgen.prepare import prepare
 from boomgen.run import RunDir
 from boomgen.shard import sealed
 from boomgen.store import FAILPOINTS, Bucket
 from boomgen.verify import remake, verify
 from boomgen.worker import Worker
 
-from ..conftest import Complaint, PlanTiny
-from ..finished import command_line, finish, grey, make_shards, pixel_hash, write_portraits
+from ..finished import finish, grey, make_shards, pixel_hash, write_portraits
 from ..scanner import leaks
 from ..test_bytes import AUGMENT, LONG
 from ..test_privacy import needles
+from .conftest import PlanAway
 from .server import S3
 
 DOCS = Path(__file__).parents[2] / "docs"
-PlanAway = Callable[..., RunDir]
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +37,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same number of tries, without the waiting."""
     monkeypatch.setattr(places, "PAUSES", (0.01,) * len(places.PAUSES))
     monkeypatch.setitem(places.PATIENCE, "read_timeout", 2)
-
-
-@pytest.fixture
-def plan_away(plan_tiny: PlanTiny, tmp_path: Path, secret_file: Path) -> PlanAway:
-    """A tiny run planned for a URL, its folder at tmp_path/run_at_home; the same job's run on disk is tmp_path/here."""
-
-    def plan(url: str, **changes: Any) -> RunDir:
-        job = plan_tiny(tmp_path / "here", **changes).plan.job
-        secret = {"secret_file": str(secret_file)} if job.mode == "anonymize" else {}
-        return prepare(job, Launch(out=url, private_dir=str(tmp_path / "run_at_home"), device="cpu", **secret))
-
-    return plan
 
 
 def held(folder: Any) -> dict[str, bytes]:
@@ -369,57 +352,6 @@ def test_an_upload_of_which_nothing_is_taken_is_given_up(
     assert fault.met == 1
     assert s3.behind.info(f"{s3.bucket}/large")["size"] == 2**25
     assert capsys.readouterr().err.endswith("; asking again in 0 s\n")
-
-
-# Wrong use ---------------------------------------------------------------------------------------------------------
-
-
-def test_another_run_s_place_is_refused(s3: S3, plan_away: PlanAway, complaint: Complaint, tmp_path: Path) -> None:
-    run = plan_away(f"{s3.url}/run")
-    line = command_line(run.plan.job, tmp_path / "-", verb="anonymize")
-    line[line.index("--out") + 1] = run.plan.store
-    said = complaint(*line, "--private-dir", tmp_path / "other")
-    assert said == f"{s3.url}/run holds another run; use another --out, or the --private-dir of that run"
-    line[line.index("--out") + 1] = f"{s3.url}/elsewhere"
-    said = complaint(*line, "--private-dir", run.path)
-    assert said == (
-        f"{run.path} was planned with out {s3.url}/run (now {s3.url}/elsewhere); use another --private-dir, or boomgen "
-        f"resume {run.path}"
-    )
-    line[line.index("--out") + 1] = tmp_path / "disk"
-    said = complaint(*line, "--private-dir", tmp_path / "other")
-    assert said.endswith(": is for an --out that is a URL; another --out is private itself")
-
-
-def test_a_place_that_takes_nothing_is_known_before_the_data_set_is_read(
-    s3: S3, plan_tiny: PlanTiny, complaint: Complaint, tmp_path: Path
-) -> None:
-    line = command_line(plan_tiny(tmp_path / "here").plan.job, tmp_path / "-", verb="anonymize")
-    (broken := tmp_path / "broken").mkdir()
-    line[line.index("--dataset") + 1] = broken
-    where = line.index("--out") + 1
-    line[where] = "s3://no-such-bucket/run"
-    said = "s3://no-such-bucket/run: The specified bucket does not exist; create it, or use another --out"
-    assert complaint(*line) == said
-    line[where] = f"{s3.url}/run"
-    s3.fault("403", 1, "PUT")
-    assert complaint(*line, code=1).startswith(f"{s3.url}/run/probe-")
-    assert complaint(*line).startswith(f"{broken} is an empty folder; ")
-    assert not s3.behind.find(s3.bucket)
-
-
-def test_places_that_cannot_be(s3: S3, plan_tiny: PlanTiny, complaint: Complaint, boomgen: Any, tmp_path: Path) -> None:
-    line = command_line(plan_tiny(tmp_path / "here").plan.job, tmp_path / "-", verb="anonymize")
-    where = line.index("--out") + 1
-    line[where] = "s3:/bucket/run"
-    assert complaint(*line) == "s3:/bucket/run: a URL has two slashes; expected s3://bucket/run"
-    line[where] = "s3://No_Bucket!/run"
-    said = complaint(*line, code=1)
-    assert said == 's3://No_Bucket!/run/plan.sha256: Invalid bucket name "No_Bucket!"; expected s3://BUCKET/FOLDER'
-    line[where] = f"{s3.url}/run"
-    done = boomgen(*line, check=False, env=os.environ | {"AWS_ENDPOINT_URL": "127.0.0.1:5555"})
-    said = f"boomgen: {s3.url}/run/plan.sha256: Invalid endpoint: 127.0.0.1:5555; expected a URL in AWS_ENDPOINT_URL\n"
-    assert (done.returncode, done.stderr) == (1, said)
 
 
 # What reads it -----------------------------------------------------------------------------------------------------
