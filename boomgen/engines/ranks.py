@@ -122,7 +122,7 @@ def _at_work(run: RunDir) -> bool:
 
 def _left(run: RunDir, shards: Sequence[int]) -> list[int]:
     """Those that are not whole, by one listing: of each rank, a request for each would be too many for a store."""
-    whole = run.published()
+    whole = run.published() if shards else set[int]()
     return [shard for shard in shards if shard not in whole]
 
 

@@ -49,7 +49,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., l
     teller = tmp_path / "bin" / "apptainer"
     teller.write_text(
         f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps(sys.argv[1:]))\n"
-        "assert 'work' not in sys.argv or 'SLURM_STEP_NUM_TASKS' not in os.environ\n"
+        "assert 'SLURM_STEP_NUM_TASKS' not in os.environ\n"
     )
     teller.chmod(0o755)
     shutil.copy(teller, tmp_path / "bin" / "a $(touch x) python")
