@@ -285,14 +285,14 @@ def _after_that(command: Callable[..., Parser], on_run: Callable[..., Parser]) -
     examples = (f"{half} --limit 8", f"{half} area --cascade 3 --t-boom 0.2 --limit 8 --out runs/enhanced")
     making = command("enhance", anonymize, "make better versions of low-resolution images, links public", *examples)
     add_flags(making, Job, Launch, leave_out=frozenset({"mode"}))
+    planned = frozenset({"out", "private_dir", "secret_file", "allow_pickle"})
     again = on_run("resume", resume, "make what is missing of a run and close it", "", "--device cpu --workers 2")
-    add_flags(again, Launch, leave_out=frozenset({"out", "private_dir", "secret_file", "allow_pickle"}))
+    add_flags(again, Launch, leave_out=planned)
     text = "one worker, of a cluster's job: makes shards, closes nothing"
     working = on_run("work", work, text, "--part 0/4", "--shards 0 --device cpu")
     working.add_argument("--part", metavar="I/N", help="only every Nth shard, from the Ith (counted from 0)")
     working.add_argument("--shards", metavar="LIST", help="only these, as 0-3,7")
-    engine = {"gpus", "workers", "engine", "ray_address", "patience"}
-    add_flags(working, Launch, leave_out=frozenset({"out", "private_dir", "secret_file", "allow_pickle"} | engine))
+    add_flags(working, Launch, leave_out=planned | {"gpus", "workers", "engine", "ray_address", "patience"})
     logs_of = on_run("logs", logs, "what the workers said", "", "--failed")
     logs_of.add_argument(
         "--failed", action="store_true", help="only what failed: each row, and each attempt at a shard"

@@ -44,7 +44,7 @@ def run(job: Job, launch: Launch | None = None) -> RunDir:
 
 
 def resume(run: RunDir, launch: Launch) -> None:
-    """Make the missing shards of a planned run and close it. A finished run returns at once and loads no torch.
+    """Make the missing shards of a planned run and close it. A finished run loads no torch.
 
     As one of several ranks, make a share of them; rank 0 closes the run.
     """

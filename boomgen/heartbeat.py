@@ -197,5 +197,10 @@ def epitaph(heard: Heard) -> str:
 
 def note(run: RunDir, text: str) -> None:
     """Add to RUN/logs what no worker could say."""
-    with contextlib.suppress(OSError), (run.logs / LOST).open("a", encoding="utf-8") as file:
-        print(printable(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}"), file=file)
+    append(run.logs / LOST, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+
+def append(log: Path, text: str) -> None:
+    """Add to a log. On a full disk the work counts, not the talk about it."""
+    with contextlib.suppress(OSError), log.open("a", encoding="utf-8") as file:
+        print(printable(text), file=file)

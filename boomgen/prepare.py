@@ -162,8 +162,11 @@ def prepare(job: Job, launch: Launch) -> RunDir:
     if Path(resolved.location).is_dir() and out.resolve().is_relative_to(resolved.location):
         raise UsageError(f"--out {out} lies inside the data set, which would grow by it; use a place outside")
     device, _ = env.choose_device(launch)
-    if (url := _store(launch)) and Bucket(url, out).taken():
-        raise UsageError(f"{url} holds another run; use another --out, or the --private-dir of that run")
+    store = Bucket(url, out) if (url := _store(launch)) else None
+    if store:
+        if store.taken():
+            raise UsageError(f"{url} holds another run; use another --out, or the --private-dir of that run")
+        store.try_out()
     made = _missing_parents(out)
     _clear_away(out)
     staging = out.parent / f"{_planning(out, str(os.getpid()))}{uuid.uuid4().hex[:8]}"
@@ -171,8 +174,8 @@ def prepare(job: Job, launch: Launch) -> RunDir:
         with _writing(out):
             staging.mkdir(parents=True, mode=0o700)
         _write_plan(staging, resolved, launch, device)
-        if url:
-            Bucket(url, out).claim(sha256_file(staging / "plan.json"))
+        if store:
+            store.claim(sha256_file(staging / "plan.json"))
         with _writing(out):
             try:
                 staging.rename(out)

@@ -230,7 +230,7 @@ class Bucket:
             found = {name for name in self._find("shards") if name.endswith(".tar")}
             there = set(self._find("dataset"))  # after that: another finalise copies first, and then removes
             list(pool.map(lambda number: self._move(number, self.dataset / tars[number], found, there), tars))
-            if not exists(self.dataset / CARD):
+            if not self.closed():
                 for name in sorted(texts, key=CARD.__eq__):
                     self._put(self.dataset / name, texts[name])
             list(pool.map(self._remove, found))
@@ -259,7 +259,12 @@ class Bucket:
                 raise UsageError(f"{self.url} holds another run; use another --out")
 
     def taken(self) -> bool:
-        """Whether a plan has claimed it. Where none has, an empty object is put and removed: planning may take hours.
+        """Whether a plan has claimed it."""
+        with self._reached():
+            return exists(self.url / CLAIM)
+
+    def try_out(self) -> None:
+        """Put an empty object and remove it: better than to learn after hours of planning that none may be put.
 
         Raises:
             UsageError: there is no such bucket.
@@ -267,14 +272,11 @@ class Bucket:
         """
         probe = self.url / f"probe-{uuid.uuid4().hex}"
         with self._reached():
-            if exists(self.url / CLAIM):
-                return True
             try:
                 self._put(probe, b"")
             except FileNotFoundError as err:
                 raise UsageError(f"{self.url}: {line(err)}; create it, or use another --out") from err
             self._remove(probe.path)
-        return False
 
     def _private(self, number: int) -> Path:
         return self.run / "shards" / f"{number:05d}"

@@ -29,7 +29,7 @@ def verify(run: RunDir) -> Iterator[str]:
         return
     for number in range(run.plan.shards):
         yield from _shard(run, number)
-    if run.manifest.exists() or run.store.closed():
+    if run.manifest.exists() or texts is not None:
         with contextlib.suppress(BoomgenError):  # of a damaged done record, named above
             yield from _folder(run.manifest, manifest_links(run), {}, _anew(run.manifest))
     if texts is not None:

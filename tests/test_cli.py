@@ -102,6 +102,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
             "--eta '2': input should be less than or equal to 1",
         ),
         (["anonymize"], "--dataset is missing; say which one to use, as --dataset NAME"),
+        (["resume", "x", "--private-dir", "y"], "unrecognized arguments: --private-dir y; see boomgen --help"),
+        (["work", "x", "--private-dir", "y"], "unrecognized arguments: --private-dir y; see boomgen --help"),
         (["anonymize", "--datset", "x"], "unrecognized arguments: --datset x; see boomgen --help"),
         (["status", "nowhere"], "nowhere is no run folder; expected one that boomgen planned, with a plan.json"),
         (

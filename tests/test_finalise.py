@@ -93,6 +93,19 @@ def test_closing_again_changes_nothing(closable: Any, linkage: str) -> None:
     assert state() == before
 
 
+def test_stopped_in_good_order(
+    closable: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command given again closes the run."""
+    run = closable()
+    with monkeypatch.context() as patched:
+        patched.setattr("boomgen.finalise._record", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert main(["finalise", str(run.path)]) == 75
+    assert "boomgen: stopped (SIGTERM); what is whole stays, go on with: boomgen resume" in capsys.readouterr().err
+    assert main(["finalise", str(run.path)]) == 0
+    assert not list(verify(RunDir(run.path)))
+
+
 def test_tars_are_not_copied(closable: Any) -> None:
     """The data set's tars and the manifest's parts are the shards' own files."""
     run = closable()

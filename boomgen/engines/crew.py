@@ -70,11 +70,12 @@ class Crew(ABC, Generic[H]):
         Raises:
             BoomgenError: nobody else is known to do better.
         """
-        if hand.started and not self.handout.alone(hand.number):
+        if hand.started:
+            if self.handout.alone(hand.number):
+                raise BoomgenError(text)
             return self.lost(hand, f"gave up: {text}")
-        if not hand.started:
-            self.refuse(hand)
-        if hand.started or not self.hands:
+        self.refuse(hand)
+        if not self.hands:
             raise BoomgenError(text)
         return [Event("gone", -1, f"worker {hand.number} ({hand.device}): {text}")]
 

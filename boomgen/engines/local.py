@@ -233,13 +233,10 @@ def serve_shard(worker: Any, shard: int, say: Any) -> None:
         say("done", shard, rows=record["rows"], ok=record["ok"])
 
 
-def write_log(text: str, path: Path | None = None) -> None:
-    """Add to a worker's log; None: its stderr is the log."""
-    with (
-        contextlib.suppress(OSError),  # on a full disk the shard counts, not the talk about it
-        path.open("a", encoding="utf-8") if path else contextlib.nullcontext(sys.stderr) as file,
-    ):
-        print(printable(text), file=file, flush=True)
+def write_log(text: str) -> None:
+    """Add to the log of a worker, whose stderr it is."""
+    with contextlib.suppress(OSError):  # on a full disk the shard counts, not the talk about it
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

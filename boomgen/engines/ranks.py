@@ -17,9 +17,9 @@ from tqdm import tqdm
 
 from boomgen import env
 from boomgen.engines.handout import ATTEMPTS, set_aside
-from boomgen.engines.local import gist, loaded, make_logged, write_log
+from boomgen.engines.local import gist, loaded, make_logged
 from boomgen.errors import BoomgenError, UsageError
-from boomgen.heartbeat import BATCHES, SILENT, bury, words
+from boomgen.heartbeat import BATCHES, SILENT, append, bury, words
 from boomgen.run import RunDir
 from boomgen.untrusted import printable
 
@@ -144,7 +144,7 @@ class _Maker:
         if self.run.store.holds(shard):
             return True
         try:
-            make_logged(self.worker, shard, self.others.pace(), lambda text: write_log(text, self.log))
+            make_logged(self.worker, shard, self.others.pace(), lambda text: append(self.log, text))
         except BoomgenError:
             raise
         except Exception as err:
